@@ -1,0 +1,73 @@
+# A fresh Debian 12 needs git, make and Python 3.11, and then only `make demo` or `make test`.
+# Root has missing Debian packages installed; anybody else is told which ones to install.
+
+# The first interpreter that is new enough. Any other: make PYTHON=/path/to/python3
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& command -v $$python && break; done)
+VENV := .venv
+RUN := $(VENV)/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/postcopyd
+
+# What the tests use beside Python: a real QEMU as the source (qemu-system-x86), its boot-sector
+# guest (binutils), the destination in C that the bench compares with (gcc, libc6-dev), and
+# systemd-analyze for the unit files (systemd).
+DEBIAN_PACKAGES := qemu-system-x86 binutils gcc libc6-dev systemd
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MYPY_CACHE_DIR := $(CACHE)/mypy
+PIP_INSTALL := $(RUN)/python -m pip install --quiet --editable
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench fuzz clean debian-packages
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/installed ## Migrate a guest into a process on this machine and verify its memory
+	@$(RUN)/postcopyctl demo
+
+test: debian-packages $(VENV)/installed-dev lint ## Install what the tests need, lint, run all tests
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## Check style, formatting, types and the order of imports
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+format: $(VENV)/installed-dev ## Format the code and sort its imports
+	$(RUN)/ruff check --select I --fix
+	$(RUN)/ruff format
+
+bench: debian-packages $(VENV)/installed-dev ## Measure against a destination written in C
+	@$(RUN)/python -m tests.bench
+
+fuzz: $(VENV)/installed-dev ## Fuzz the stream reader until interrupted
+	@$(RUN)/python -m tests.wire.fuzz
+
+clean: ## Remove the virtual environment and what tools have left behind
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache .grimp_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+debian-packages:
+	@tests/install-debian $(DEBIAN_PACKAGES)
+
+$(VENV)/bin/python:
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+		"postcopyd needs Python 3.11 or newer: install it, or make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tests/install-debian \
+		"$$($(PYTHON) -c 'import sys; print("python3.%d-venv" % sys.version_info.minor)')"
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: nothing is installed again until pyproject.toml changes.
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP_INSTALL) .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP_INSTALL) '.[dev]'
+	@touch $@ $(VENV)/installed

@@ -1,0 +1,1 @@
+"""The service: configuration, listeners, registry, control API, systemd, logging."""

@@ -1,0 +1,1 @@
+"""One migration on the destination: states, faults, placing, return path."""

@@ -1,0 +1,109 @@
+"""What a migration tells while it runs: flat records, one for each thing that happens once.
+
+Nothing here is said per page or per fault; those are counted (`report.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from postcopyd.incoming.states import State
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The migration took a step."""
+
+    old: State
+    new: State
+
+
+@dataclass(frozen=True, slots=True)
+class VmmAttached:
+    """A VMM has handed over its memory."""
+
+    description: str
+    """The VMM, such as ``pid 4711, uid 0``."""
+    blocks: int
+    length: int
+    """Bytes of all blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAttached:
+    """A source has connected."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDropped:
+    """A source went away before its first byte; the migration waits for another."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackageReceived:
+    """The device package is here whole: from now on there is no way back for the source."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStateLoaded:
+    """The VMM has loaded its device state and runs."""
+
+    seconds: float
+    """From the package to the VMM's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRemoved:
+    """The VMM gave memory back for the first time; such pages read as zeros from now on."""
+
+    block: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The stream is lost after the package: what is here goes on working, faults wait."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """All memory is here."""
+
+    pages: int
+    """Host pages received."""
+    never_sent: int
+    """Host pages that the source never sent: they are zero there too."""
+    seconds: float
+    """From the package to the last page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The migration has ended without all memory."""
+
+    reason: str
+    before_package: bool
+    """True when the source still is the VM and goes on."""
+
+
+Event = (
+    StateChanged
+    | VmmAttached
+    | StreamAttached
+    | StreamDropped
+    | PackageReceived
+    | DeviceStateLoaded
+    | MemoryRemoved
+    | Paused
+    | Completed
+    | Failed
+)

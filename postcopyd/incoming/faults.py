@@ -1,0 +1,200 @@
+"""Faults: from the userfaultfd to a request on the return path, or to an answer from what is here.
+
+Every fault that is read ends as requested, placed or woken. A host page is asked for once, however
+many threads wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter_ns
+
+from postcopyd.incoming.placing import Placer
+from postcopyd.incoming.report import Counters
+from postcopyd.incoming.staging import BlockStage
+from postcopyd.kernel.userfaultfd import (
+    EVENT_PAGEFAULT,
+    EVENT_REMOVE,
+    EVENT_UNMAP,
+    Userfaultfd,
+)
+from postcopyd.ram.block import BlockTable, RamBlock
+from postcopyd.ram.page_map import PageMap
+
+
+class UnexpectedEvent(Exception):
+    """The userfaultfd told of something that cannot be served; the text says what."""
+
+
+class FaultHandler:
+    """Reads the events of one userfaultfd and answers them.
+
+    `waiting` is shared with the `Placer`: VMM address of a host page -> when its fault was read.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        blocks: BlockTable,
+        page_map: PageMap,
+        stages: list[BlockStage],
+        placer: Placer,
+        waiting: dict[int, int],
+        counters: Counters,
+        *,
+        request: Callable[[list[tuple[RamBlock, int]]], None],
+        removed: Callable[[RamBlock, int, int], None],
+        sees_removals: bool,
+    ) -> None:
+        """Set up; nothing is read before `read`.
+
+        :param request: asked for the pages that faults wait for: (block, host page number).
+        :param removed: told of each range that the VMM gave back: block, offset, length.
+        :param sees_removals: whether the VMM's userfaultfd reports removals. Where it does not,
+            a fault on a page that was placed can mean that the VMM dropped it unseen.
+        """
+        self._read_events = userfaultfd.read_events
+        self._wake = userfaultfd.wake
+        self._blocks = blocks
+        self._maps = page_map
+        self._stages = stages
+        self._placer = placer
+        self._waiting = waiting
+        self._counters = counters
+        self._request = request
+        self._removed = removed
+        self._sees_removals = sees_removals
+        self._faults: list[int] = []
+        self._deferred: dict[int, tuple[RamBlock, int]] = {}
+        self._block = blocks[0]
+        self._block_end = blocks[0].end
+
+    @property
+    def deferred(self) -> bool:
+        """True while a fault waits for another try, because the memory was changing."""
+        return bool(self._deferred)
+
+    def read(self) -> None:
+        """Read what is there, once, and answer it. To be called when the descriptor is readable.
+
+        A read gives faults before other events, whatever came first, so the removals among them
+        are applied before any fault is judged.
+
+        :raise UnexpectedEvent: for a fault outside every block, or an event that was not enabled.
+        :raise VmmGone: if the VMM has exited.
+        """
+        faults = self._faults
+        for event, first, second, _ in self._read_events():
+            if event == EVENT_PAGEFAULT:
+                faults.append(second)
+            elif event in (EVENT_REMOVE, EVENT_UNMAP):
+                self._apply_removal(first, second)
+            else:
+                raise UnexpectedEvent(f"the userfaultfd reported event {event:#x}")
+        if faults:
+            self._counters.faults += len(faults)
+            try:
+                self._answer(faults)
+            finally:
+                faults.clear()
+
+    def _answer(self, faults: list[int]) -> None:
+        now = perf_counter_ns()
+        waiting = self._waiting
+        requests: list[tuple[RamBlock, int]] = []
+        for address in faults:
+            block = self._block
+            if not block.address <= address < self._block_end:
+                block = self._find_block(address)
+            size = block.page_size
+            page = (address - block.address) // size
+            page_address = block.address + page * size
+            if page_address in waiting:
+                continue
+            maps = self._maps[block.index]
+            if maps.received[page]:
+                waiting[page_address] = now
+                if not self._answer_from_here(block, page):
+                    self._deferred[page_address] = (block, page)
+                continue
+            waiting[page_address] = now
+            if not maps.requested[page]:
+                maps.requested[page] = 1
+                requests.append((block, page))
+        if requests:
+            self._counters.requests += len(requests)
+            self._request(requests)
+
+    def _find_block(self, address: int) -> RamBlock:
+        block = self._blocks.block_at(address)
+        if block is None:
+            raise UnexpectedEvent(f"a fault at {address:#x}, outside every block")
+        self._block = block
+        self._block_end = block.end
+        return block
+
+    def _answer_from_here(self, block: RamBlock, page: int) -> bool:
+        """Answer a fault on a page that we have; False to try again later."""
+        maps = self._maps[block.index]
+        size = block.page_size
+        if maps.staged[page]:
+            stage = self._stages[block.index]
+            offset = page * size
+            if not self._placer.try_run(block, offset, size, stage.address + offset):
+                return False
+            stage.release(page, 1)
+            return True
+        if maps.zero[page] or not self._sees_removals:
+            # If the page is there after all, the kernel says so and the waiter is woken.
+            return self._placer.try_zero(block, page)
+        # Placed between the fault and our reading it: the message is old.
+        page_address = block.address + page * size
+        self._wake(page_address, size)
+        self._waiting.pop(page_address, None)
+        return True
+
+    def retry_deferred(self) -> bool:
+        """Try the deferred faults again; True when none is left.
+
+        :raise VmmGone: if the VMM has exited.
+        """
+        for page_address, (block, page) in list(self._deferred.items()):
+            if not self._answer_from_here(block, page):
+                return False
+            del self._deferred[page_address]
+        return True
+
+    def _apply_removal(self, start: int, end: int) -> None:
+        """Note that the VMM gave `start` to `end` back: it reads as zeros from now on.
+
+        A range may span several blocks, or touch none of ours.
+        """
+        for block in self._blocks:
+            low = max(start, block.address)
+            high = min(end, block.end)
+            if low >= high:
+                continue
+            size = block.page_size
+            # A part of a host page that is given back drops nothing (handoffs, A.3).
+            first = (low - block.address + size - 1) // size
+            beyond = (high - block.address) // size
+            if first >= beyond:
+                continue
+            maps = self._maps[block.index]
+            stage = self._stages[block.index]
+            if maps.staged[first:beyond].any():
+                stage.release(first, beyond - first)
+            maps.received[first:beyond] = 1
+            maps.zero[first:beyond] = 1
+            self._placer.any_removed = True
+            self._removed(block, first * size, (beyond - first) * size)
+            self._release_waiters(block, first, beyond)
+
+    def _release_waiters(self, block: RamBlock, first: int, beyond: int) -> None:
+        """Answer the faults that wait for pages that were just given back."""
+        low = block.address + first * block.page_size
+        high = block.address + beyond * block.page_size
+        for page_address in [address for address in self._waiting if low <= address < high]:
+            # Only after the remover has gone on can anything be placed, so never at once.
+            page = (page_address - block.address) // block.page_size
+            self._deferred[page_address] = (block, page)

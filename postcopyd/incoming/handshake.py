@@ -1,0 +1,78 @@
+"""What both sides must agree on before any page is taken, and the goodbye after the last one."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import socket
+
+from postcopyd.ram.block import BlockTable
+from postcopyd.wire.errors import ProtocolError
+from postcopyd.wire.messages import Advise, BlockList
+
+
+def check_advise(message: Advise, blocks: BlockTable, return_path_open: bool) -> None:
+    """Compare the source's page sizes with the VMM's.
+
+    :raise ProtocolError: if they differ, or there is no way to ask for a page.
+    """
+    if not return_path_open:
+        raise ProtocolError("ADVISE came before a return path was opened", None)
+    if message.target_page_size != mmap.PAGESIZE:
+        raise ProtocolError(
+            f"the source's target pages have {message.target_page_size} bytes, "
+            f"this host's pages {mmap.PAGESIZE}",
+            None,
+        )
+    if message.page_sizes != blocks.page_sizes:
+        raise ProtocolError(
+            f"the source's host page sizes add up to {message.page_sizes:#x}, "
+            f"the VMM's to {blocks.page_sizes:#x}",
+            None,
+        )
+
+
+def check_block_list(message: BlockList, blocks: BlockTable) -> None:
+    """Compare the source's RAM blocks with the VMM's: same names, lengths and page sizes.
+
+    :raise ProtocolError: naming the first block that differs, and how.
+    """
+    for entry in message.blocks:
+        block = blocks.by_name(entry.name)
+        if block is None:
+            names = ", ".join(block.name for block in blocks)
+            raise ProtocolError(
+                f"the source has a RAM block {entry.name!r}, the VMM has not (it has: {names})",
+                None,
+            )
+        if entry.length != block.length:
+            raise ProtocolError(
+                f"RAM block {entry.name!r} has {entry.length:#x} bytes at the source and "
+                f"{block.length:#x} in the VMM",
+                None,
+            )
+        if entry.page_size != block.page_size:
+            raise ProtocolError(
+                f"RAM block {entry.name!r} has host pages of {entry.page_size:#x} bytes at the "
+                f"source and {block.page_size:#x} in the VMM",
+                None,
+            )
+    named = {entry.name for entry in message.blocks}
+    for block in blocks:
+        if block.name not in named:
+            raise ProtocolError(f"the VMM has a RAM block {block.name!r}, the source has not", None)
+
+
+async def wait_for_close(
+    loop: asyncio.AbstractEventLoop, connection: socket.socket, seconds: float
+) -> None:
+    """Return when the peer has closed `connection`, or after `seconds`. What it says is dropped.
+
+    A QEMU source closes when it has read SHUT, and without TLS's close_notify (qemu-wire, 5.6).
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            while await loop.sock_recv(connection, 4096):
+                pass
+    except (TimeoutError, OSError):
+        return

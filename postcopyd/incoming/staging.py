@@ -1,0 +1,157 @@
+"""Where pages wait that come before the switchover.
+
+Before it a page may come any number of times and may be discarded again, so it must not go where
+only UFFDIO_COPY may write (that places once). Two kinds of memory, two ways:
+
+- Shared memory whose memory file the VMM handed over: pages are written straight into the file,
+  a discard punches a hole. The VMM finds them there without a fault.
+- Private memory: pages wait in a sparse staging file of ours. After LISTEN they are placed from
+  there, the ones that a fault waits for first, and each hole that is punched behind them gives
+  the memory back.
+
+Files are written with pwrite, not through a mapping: a VMM that shrinks its file, or a machine
+that runs out of memory, gives an errno then and not a SIGBUS that would end the daemon.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+
+from postcopyd.incoming.vmm import HandedBlock
+from postcopyd.kernel import memory_file
+from postcopyd.ram.block import RamBlock
+from postcopyd.ram.page_map import BlockMap
+
+
+class BlockStage:
+    """The staging of one block. Offsets and lengths are bytes in the block, whole target pages.
+
+    Every method that writes raises OSError when the file does not take it.
+    """
+
+    def __init__(self, block: RamBlock, handed: HandedBlock, maps: BlockMap) -> None:
+        """Take the VMM's memory file, or make a staging file when there is none.
+
+        :raise OSError: if there is no memory or the file cannot be used.
+        """
+        self.block = block
+        self._maps = maps
+        self.direct = handed.memory_file is not None
+        """True when pages go straight into the VMM's memory."""
+        self._mapping: mmap.mmap | None = None
+        self._view: memoryview | None = None
+        self.address = 0
+        """Where staged bytes lie in this process; 0 when they go straight into the VMM's memory."""
+        if handed.memory_file is not None:
+            self._file = os.dup(handed.memory_file)
+            self._file_offset = handed.file_offset
+        else:
+            self._file = memory_file.create("postcopyd-staging", block.length)
+            self._file_offset = 0
+        self._huge = block.page_size > mmap.PAGESIZE
+        try:
+            if self.direct and self._huge:
+                self._map_huge_file()
+            elif not self.direct:
+                self._map()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _map(self) -> memoryview:
+        self._mapping = mmap.mmap(self._file, self.block.length, offset=self._file_offset)
+        anchor = ctypes.c_char.from_buffer(self._mapping)
+        self.address = ctypes.addressof(anchor)
+        del anchor
+        return memoryview(self._mapping)
+
+    def _map_huge_file(self) -> None:
+        # A hugetlb file has no write(2), so it must be mapped; sealed against shrinking, and
+        # with each page reserved before it is touched, the mapping cannot raise SIGBUS.
+        seals = fcntl.fcntl(self._file, fcntl.F_GET_SEALS)
+        if not seals & fcntl.F_SEAL_SHRINK:
+            try:
+                fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"the memory file of block {self.block.name!r} can shrink under us: create it "
+                    f"with MFD_ALLOW_SEALING or seal it with F_SEAL_SHRINK",
+                ) from error
+        self._view = self._map()
+        self.address = 0
+
+    def write(self, offset: int, payload: memoryview) -> None:
+        """Keep page content; the last one counts."""
+        if self._view is None:
+            self._write_file(offset, payload)
+        else:
+            self._reserve(offset, len(payload))
+            self._view[offset : offset + len(payload)] = payload
+        self._mark(offset, len(payload), staged=not self.direct, zero=False)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """Keep zero pages: for pages of the common size as knowledge, not as bytes."""
+        if not self._huge:
+            size = self.block.page_size
+            if self._maps.received[offset // size : (offset + length) // size].any():
+                self._punch(offset, length)
+            self._mark(offset, length, staged=False, zero=True)
+        else:
+            self.write(offset, memoryview(bytes(length)))
+
+    def _write_file(self, offset: int, payload: memoryview) -> None:
+        while payload:
+            written = os.pwrite(self._file, payload, self._file_offset + offset)
+            offset += written
+            payload = payload[written:]
+
+    def _reserve(self, offset: int, length: int) -> None:
+        size = self.block.page_size
+        first = offset // size
+        for page in range(first, (offset + length + size - 1) // size):
+            if not self._maps.received[page]:
+                os.posix_fallocate(self._file, self._file_offset + page * size, size)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget what has come there: it is stale, or never came. Whole host pages."""
+        self._punch(offset, length)
+        size = self.block.page_size
+        pages = slice(offset // size, (offset + length) // size)
+        maps = self._maps
+        maps.received[pages] = maps.staged[pages] = maps.zero[pages] = 0
+
+    def release(self, first: int, count: int) -> None:
+        """Give back the memory of `count` host pages from `first` on, which are placed now."""
+        size = self.block.page_size
+        self._maps.staged[first : first + count] = 0
+        self._punch(first * size, count * size)
+
+    def empty(self) -> None:
+        """Drop all content, also what the VMM wrote before."""
+        self.discard(0, self.block.length)
+
+    def _punch(self, offset: int, length: int) -> None:
+        memory_file.punch_hole(self._file, self._file_offset + offset, length)
+
+    def _mark(self, offset: int, length: int, *, staged: bool, zero: bool) -> None:
+        size = self.block.page_size
+        pages = slice(offset // size, (offset + length + size - 1) // size)
+        maps = self._maps
+        maps.received[pages] = 1
+        maps.staged[pages] = staged
+        maps.zero[pages] = zero
+
+    def close(self) -> None:
+        """Release mapping and file. Idempotent."""
+        if self._file < 0:
+            return
+        if self._view is not None:
+            self._view.release()
+        if self._mapping is not None:
+            self._mapping.close()
+        os.close(self._file)
+        self._file = -1

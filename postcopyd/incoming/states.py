@@ -1,0 +1,103 @@
+"""The state machine of an incoming migration: everything about states lives here.
+
+```
+NONE -> ADVISE -> DISCARD -> LISTENING -> RUNNING -> END
+           |                    ^  |         |
+           +--------------------+  +-> PAUSED <-> RECOVER -> RUNNING
+```
+
+FAILED can be reached from every state that is not an end: before the package it means that the
+source goes on, after it that the guest is lost (its VMM is gone, or an operator gave it up). An
+error after the package leads to PAUSED, because a source that has sent its package cannot take
+the guest back (qemu-wire, 5.2).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from postcopyd.wire import messages
+from postcopyd.wire.errors import ProtocolError
+
+
+class State(Enum):
+    """Where a migration is."""
+
+    NONE = "none"
+    ADVISE = "advise"
+    DISCARD = "discard"
+    LISTENING = "listening"
+    RUNNING = "running"
+    PAUSED = "paused"
+    RECOVER = "recover"
+    END = "end"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing can follow."""
+        return self in (State.END, State.FAILED)
+
+    @property
+    def before_package(self) -> bool:
+        """True while the source is still the VM, so that an error can abort cleanly."""
+        return self in (State.NONE, State.ADVISE, State.DISCARD)
+
+
+LEGAL_STEPS: dict[State, frozenset[State]] = {
+    State.NONE: frozenset({State.ADVISE, State.FAILED}),
+    State.ADVISE: frozenset({State.DISCARD, State.LISTENING, State.FAILED}),
+    State.DISCARD: frozenset({State.LISTENING, State.FAILED}),
+    State.LISTENING: frozenset({State.RUNNING, State.PAUSED, State.FAILED}),
+    State.RUNNING: frozenset({State.PAUSED, State.END, State.FAILED}),
+    State.PAUSED: frozenset({State.RECOVER, State.FAILED}),
+    State.RECOVER: frozenset({State.RUNNING, State.PAUSED, State.FAILED}),
+    State.END: frozenset(),
+    State.FAILED: frozenset(),
+}
+"""Every legal step. A converged pre-copy (ADVISE straight to END) is refused in `migration.py`."""
+
+LEGAL_MESSAGES: dict[type[messages.Message], frozenset[State]] = {
+    messages.Configuration: frozenset({State.NONE}),
+    messages.OpenReturnPath: frozenset({State.NONE, State.ADVISE}),
+    messages.Ping: frozenset(
+        {State.NONE, State.ADVISE, State.DISCARD, State.LISTENING, State.RUNNING, State.RECOVER}
+    ),
+    messages.Advise: frozenset({State.NONE}),
+    messages.BlockList: frozenset({State.ADVISE}),
+    messages.Pages: frozenset({State.ADVISE, State.RUNNING}),
+    messages.ZeroPages: frozenset({State.ADVISE, State.RUNNING}),
+    messages.RamSectionEnd: frozenset({State.ADVISE, State.RUNNING}),
+    messages.SwitchoverStart: frozenset({State.ADVISE}),
+    messages.Discard: frozenset({State.ADVISE, State.DISCARD}),
+    messages.Package: frozenset({State.ADVISE, State.DISCARD}),
+    messages.EndOfStream: frozenset({State.RUNNING}),
+}
+"""In which states a message may come; one that is not listed is refused in all of them."""
+
+
+class IllegalStep(Exception):
+    """A step that the table does not have: a mistake of ours, never of a peer."""
+
+
+def check_step(old: State, new: State) -> None:
+    """Refuse a step that is not in the table.
+
+    :raise IllegalStep: naming both states.
+    """
+    if new not in LEGAL_STEPS[old]:
+        raise IllegalStep(f"no step leads from {old.value} to {new.value}")
+
+
+def check_message(state: State, message: messages.Message, position: int) -> None:
+    """Refuse a message that may not come in `state`.
+
+    :raise ProtocolError: naming the message, the state and the states in which it may come.
+    """
+    legal = LEGAL_MESSAGES.get(type(message), frozenset())
+    if state not in legal:
+        name = type(message).__name__
+        where = ", ".join(sorted(entry.value for entry in legal)) or "no state"
+        raise ProtocolError(
+            f"{name} came in state {state.value}; it is legal in: {where}", position
+        )

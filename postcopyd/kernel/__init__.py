@@ -1,0 +1,1 @@
+"""The Linux ABI that post-copy stands on: one file per kernel object, no policy."""

@@ -1,0 +1,1 @@
+"""RAM blocks, the page map, host pages and discard plans: accounting without descriptors."""

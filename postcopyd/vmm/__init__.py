@@ -1,0 +1,1 @@
+"""The ways to get at the memory of a VMM."""

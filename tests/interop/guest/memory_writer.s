@@ -1,0 +1,174 @@
+# A guest without an operating system: a 64 KiB firmware image that never stops changing its memory.
+#
+# The machine is QEMU's q35 with 64 MiB. What the guest leaves where is said in guest_program.py,
+# which also gives this file the addresses (as --defsym):
+#
+#   PASSES             a 32-bit count of the passes over the memory
+#   DIRECTORY          the directory of fw_cfg, as read
+#   ROM_COPY           a copy of the 128 KiB of the option ROM area (the block pc.rom)
+#   FILES              every file of fw_cfg, each at the next 4 KiB boundary
+#   ONCE, ONCE_END     filled before the first pass, then left alone
+#   SPARSE, SPARSE_END one word in every third page changes in each pass
+#   WHOLE, WHOLE_END   every word changes in each pass
+#   TOGGLE, TOGGLE_END filled in odd passes, cleared in even ones
+
+    .intel_syntax noprefix
+    .set LEGACY_AREA, 0xa0000           # VGA window, option ROMs, firmware alias: up to 1 MiB
+    .set LEGACY_AREA_END, 0x100000
+    .set OPTION_ROMS, 0xc0000
+    .set OPTION_ROMS_LENGTH, 0x20000
+    .set STACK, 0x8000
+    .set PAGE, 0x1000
+    .set STEP, 0x9e3779b1               # what one word of the pattern adds to the word before
+
+    .set PCI_ADDRESS, 0xcf8
+    .set PCI_DATA, 0xcfc
+    .set HOST_BRIDGE_PAM, 0x80000090    # registers 0x90 to 0x96 of device 0:0.0
+    .set HOST_BRIDGE_SMRAM, 0x8000009c  # register 0x9d is the second byte here
+
+    .set FW_CFG_SELECTOR, 0x510
+    .set FW_CFG_DATA, 0x511
+    .set FW_CFG_DIRECTORY, 0x19
+    .set ENTRY_LENGTH, 64               # u32 size, u16 key, both big-endian, u16 0, 56 bytes of name
+
+    .text
+    .globl _start
+
+    .code16
+real_mode:
+    cli
+    # The code segment begins where this image does, at 0xffff0000.
+    lgdtd cs:[gdt_pointer - real_mode]
+    mov eax, cr0
+    or al, 1
+    mov cr0, eax
+    ljmpd 0x08, offset protected_mode
+
+    .code32
+protected_mode:
+    mov ax, 0x10
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    mov esp, STACK
+    cld
+
+    mov esi, OPTION_ROMS
+    mov edi, ROM_COPY
+    mov ecx, OPTION_ROMS_LENGTH / 4
+    rep movsd
+
+    # Map RAM over the whole legacy area, for reading and writing: then there is no byte of pc.ram
+    # that has no guest-physical address.
+    mov eax, HOST_BRIDGE_PAM
+    mov ebx, 0x33333330
+    call write_pci
+    mov eax, HOST_BRIDGE_PAM + 4
+    mov ebx, 0x00333333
+    call write_pci
+    mov dx, PCI_ADDRESS
+    mov eax, HOST_BRIDGE_SMRAM
+    out dx, eax
+    mov dx, PCI_DATA + 1
+    mov al, 0x4a                        # D_OPEN and G_SMRAME
+    out dx, al
+
+    mov edi, DIRECTORY
+    mov dx, FW_CFG_SELECTOR
+    mov ax, FW_CFG_DIRECTORY
+    out dx, ax
+    mov dx, FW_CFG_DATA
+    mov ecx, 4
+    rep insb
+    mov ebx, [DIRECTORY]
+    bswap ebx
+    imul ecx, ebx, ENTRY_LENGTH
+    rep insb
+
+    mov esi, DIRECTORY + 4
+    mov edi, FILES
+copy_file:
+    movzx eax, word ptr [esi + 4]
+    xchg al, ah
+    mov dx, FW_CFG_SELECTOR
+    out dx, ax
+    mov dx, FW_CFG_DATA
+    mov ecx, [esi]
+    bswap ecx
+    rep insb
+    add edi, PAGE - 1
+    and edi, -PAGE
+    add esi, ENTRY_LENGTH
+    dec ebx
+    jnz copy_file
+
+    mov eax, 1
+    mov edi, LEGACY_AREA
+    mov ecx, LEGACY_AREA_END
+    call fill
+    mov edi, ONCE
+    mov ecx, ONCE_END
+    call fill
+
+next_pass:
+    inc dword ptr [PASSES]
+
+    mov edi, SPARSE
+change_one_word:
+    mov [edi + 0x800], eax
+    add eax, STEP
+    add edi, 3 * PAGE
+    cmp edi, SPARSE_END
+    jb change_one_word
+
+    mov edi, WHOLE
+    mov ecx, WHOLE_END
+    call fill
+
+    mov edi, TOGGLE
+    mov ecx, TOGGLE_END
+    test byte ptr [PASSES], 1
+    jz clear_it
+    call fill
+    jmp next_pass
+clear_it:
+    mov ebx, eax
+    sub ecx, edi
+    shr ecx, 2
+    xor eax, eax
+    rep stosd
+    mov eax, ebx
+    jmp next_pass
+
+# Fill from edi up to ecx with the pattern that goes on from eax.
+fill:
+    mov [edi], eax
+    add eax, STEP
+    add edi, 4
+    cmp edi, ecx
+    jb fill
+    ret
+
+# Write ebx to the PCI configuration register eax.
+write_pci:
+    mov dx, PCI_ADDRESS
+    out dx, eax
+    mov dx, PCI_DATA
+    mov eax, ebx
+    out dx, eax
+    ret
+
+    .balign 8
+gdt:
+    .quad 0
+    .quad 0x00cf9b000000ffff            # code: base 0, 4 GiB, 32 bits
+    .quad 0x00cf93000000ffff            # data: the same
+gdt_pointer:
+    .word gdt_pointer - gdt - 1
+    .long gdt
+
+    .org 0xfff0                         # where the processor starts
+    .code16
+_start:
+    jmp real_mode
+    .org 0x10000

@@ -1,0 +1,78 @@
+"""The guest of the interop tests: what guest/memory_writer.s leaves where, and how it is built.
+
+Beside keeping memory dirty, the guest makes every byte of every RAM block readable by its
+guest-physical address, so that QMP's ``pmemsave`` can tell what the source holds:
+
+- It maps RAM over the legacy area below 1 MiB, which else hides 384 KiB of pc.ram, and copies what
+  was visible there before, the block pc.rom, to `ROM_COPY`.
+- It reads every fw_cfg file to `FILES`. The blocks /rom@etc/... are mapped nowhere: they are what
+  QEMU answers with when a guest reads the fw_cfg file of that name.
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+from typing import Final
+
+MEMORY: Final = 64 << 20
+"""Bytes of RAM that the machine has to have."""
+
+FIRMWARE_LENGTH: Final = 0x10000
+FIRMWARE_ADDRESS: Final = (1 << 32) - FIRMWARE_LENGTH
+
+PASSES: Final = 0x1000
+DIRECTORY: Final = 0x10000
+ROM_COPY: Final = 0x80000
+ROM_LENGTH: Final = 0x20000
+FILES: Final = 0x100000
+
+_LAYOUT: Final = {
+    "PASSES": PASSES,
+    "DIRECTORY": DIRECTORY,
+    "ROM_COPY": ROM_COPY,
+    "FILES": FILES,
+    "ONCE": 2 << 20,
+    "ONCE_END": 10 << 20,
+    "SPARSE": 10 << 20,
+    "SPARSE_END": 18 << 20,
+    "WHOLE": 18 << 20,
+    "WHOLE_END": 34 << 20,
+    "TOGGLE": 34 << 20,
+    "TOGGLE_END": 38 << 20,
+}
+
+_DIRECTORY_ENTRY: Final = struct.Struct(">IHH56s")
+"""Of fw_cfg: size, key, reserved, name padded with NULs (QEMU's docs/specs/fw_cfg)."""
+
+
+def build_firmware(directory: Path) -> Path:
+    """Assemble the guest and return the firmware image for QEMU's ``-bios``."""
+    source = Path(__file__).parent / "guest" / "memory_writer.s"
+    object_file = directory / "memory_writer.o"
+    firmware = directory / "memory_writer.rom"
+    symbols = [word for name, value in _LAYOUT.items() for word in ("--defsym", f"{name}={value}")]
+    subprocess.run(
+        ["as", "--32", "--fatal-warnings", *symbols, "-o", object_file, source], check=True
+    )
+    subprocess.run(
+        ["ld", "-m", "elf_i386", "--fatal-warnings", f"-Ttext={FIRMWARE_ADDRESS:#x}"]
+        + ["--oformat=binary", "-o", firmware, object_file],
+        check=True,
+    )
+    return firmware
+
+
+def fw_cfg_files(ram: bytes) -> dict[str, bytes]:
+    """The fw_cfg files that the guest has copied into its RAM, by name."""
+    (count,) = struct.unpack_from(">I", ram, DIRECTORY)
+    files: dict[str, bytes] = {}
+    address = FILES
+    for index in range(count):
+        size, _, _, name = _DIRECTORY_ENTRY.unpack_from(
+            ram, DIRECTORY + 4 + index * _DIRECTORY_ENTRY.size
+        )
+        files[name.rstrip(b"\0").decode()] = ram[address : address + size]
+        address += -(-size // 0x1000) * 0x1000
+    return files
