@@ -5,7 +5,8 @@ The rule of this file: a page is placed once. Whatever the kernel answers, it is
 ================= ================================================================================
 all placed        the pages are marked received, the faults that waited for them are done
 a part placed     go on behind it
-EEXIST            the VMM has the page already: count it, wake it, never overwrite
+EEXIST            the VMM has the page already: count it, wake it, never overwrite (but see
+                  `_answer` for huge pages)
 EAGAIN            the VMM's memory layout is changing (an unread event, a fork): put off
 ENOMEM, ENOSPC    no memory for the VMM now: put off
 ENOENT            the range is not mapped or not registered any more: the VMM gave it up, drop it
@@ -29,6 +30,7 @@ from time import perf_counter_ns
 from bitarray import bitarray
 
 from postcopyd.incoming.report import Counters, Histogram
+from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.kernel.userfaultfd import Userfaultfd
 from postcopyd.ram.block import BlockTable, RamBlock
 from postcopyd.ram.page_map import PageMap
@@ -115,7 +117,9 @@ class Placer:
             if result != length:
                 run = _Run(block, first, length, address)
                 self.pending.append(run)
-                return self._answer(run, result) and self.retry()
+                if result > 0:
+                    self._answer(run, result)
+                return self.retry()
             page = first // size
             received[page : page + count] = 1
         else:
@@ -164,13 +168,12 @@ class Placer:
         """Give a host page that reads as zeros by our own knowledge. As `try_run`."""
         size = block.page_size
         destination = block.address + page * size
-        if size == mmap.PAGESIZE:
-            result = self._zeropage(destination, size)
-        else:
-            result = self._copy(destination, self._zeros_address, size)
+        result = self._ask_zeros(block, destination, size)
         if result in _PUT_OFF:
             return False
         if result == _PRESENT:
+            if size > mmap.PAGESIZE and not free_huge_pages(size):
+                return False  # perhaps ENOMEM: see `_answer`
             self._wake(destination, size)
         elif result < 0 and result != _NOT_MAPPED:
             raise VmmGone(f"zeros for {block.name!r} page {page}: the VMM has exited")
@@ -219,16 +222,25 @@ class Placer:
                 removed = zero.find(1, page, page + length // size)
                 if removed >= 0:
                     length = (removed - page) * size
-            destination = block.address + run.offset
-            if run.source:
-                result = self._copy(destination, run.source, length)
-            elif size == mmap.PAGESIZE:
-                result = self._zeropage(destination, length)
-            else:
-                result = self._copy(destination, self._zeros_address, size)
+            result = self._ask(run, length)
+            if result == _NOT_MAPPED and length > size:
+                # A run across the border of what is mapped is refused whole: page by page.
+                result = self._ask(run, size)
             if not self._answer(run, result):
                 return False
         return True
+
+    def _ask(self, run: _Run, length: int) -> int:
+        """Have the kernel place the first `length` bytes of a run, or fewer."""
+        destination = run.block.address + run.offset
+        if run.source:
+            return self._copy(destination, run.source, length)
+        return self._ask_zeros(run.block, destination, length)
+
+    def _ask_zeros(self, block: RamBlock, destination: int, length: int) -> int:
+        if block.page_size == mmap.PAGESIZE:
+            return self._zeropage(destination, length)
+        return self._copy(destination, self._zeros_address, block.page_size)
 
     def _answer(self, run: _Run, result: int) -> bool:
         """Do what the kernel's answer to placing the head of `run` asks for; False to put off."""
@@ -246,6 +258,11 @@ class Placer:
             self._settle(block, range(run.offset, run.offset + result, size))
             self._skip(run, result)
         elif result == _PRESENT:
+            if size > mmap.PAGESIZE and not maps.received[page] and not free_huge_pages(size):
+                # With its pool empty the kernel says EEXIST where it means ENOMEM, because it
+                # finds the slot of the page table that it has just made (hugetlb_mfill_atomic_pte
+                # of Linux 6.18). Believing it would lose the page.
+                return False
             counters.pages_duplicate += 1
             maps.received[page] = 1
             self._wake(destination, size)

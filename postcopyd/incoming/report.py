@@ -43,6 +43,14 @@ class Histogram:
         if nanoseconds > self.maximum:
             self.maximum = nanoseconds
 
+    def merge(self, other: Histogram) -> None:
+        """Add all that `other` has counted."""
+        for place, count in enumerate(other._counts):
+            self._counts[place] += count
+        self.count += other.count
+        self.total += other.total
+        self.maximum = max(self.maximum, other.maximum)
+
     def percentile(self, percent: float) -> float:
         """Return the upper edge, in nanoseconds, of the bucket of that percentile; 0 if empty."""
         if not self.count:

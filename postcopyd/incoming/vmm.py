@@ -37,7 +37,7 @@ class GuestMemory:
     blocks: tuple[HandedBlock, ...]
     userfaultfd: Userfaultfd
     registered: bool
-    """True when the VMM has registered the memory itself before the handoff, as Firecracker does."""
+    """True when the VMM registered its memory before the handoff, as Firecracker does."""
 
 
 class VmmFailure(Exception):

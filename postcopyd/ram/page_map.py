@@ -69,17 +69,16 @@ class PageMap:
             found = os.fstat(descriptor).st_size
             if found != size:
                 raise ValueError(f"page map has {found} bytes, the blocks need {size}")
-            self._mapping = mmap.mmap(descriptor, size)
+            view = memoryview(mmap.mmap(descriptor, size))
         except BaseException:
             os.close(descriptor)
             raise
-        self._view = memoryview(self._mapping)
         self._maps: list[BlockMap] = []
         start = 0
         for block in blocks:
             length = _map_bytes(block)
             end = start + length * _MAPS
-            self._maps.append(BlockMap(self._view[start:end], length))
+            self._maps.append(BlockMap(view[start:end], length))
             start = end
 
     def __getitem__(self, index: int) -> BlockMap:
@@ -94,15 +93,13 @@ class PageMap:
         return sum(maps.received.count() for maps in self._maps)
 
     def close(self) -> None:
-        """Release mapping and descriptor. The maps must not be used after it. Idempotent."""
+        """Let go of the maps and close the descriptor. Idempotent.
+
+        The memory itself goes with the last bitarray that somebody still holds.
+        """
         if self.descriptor < 0:
             return
-        # The bitarrays hold the mapping's buffer: they go first, or it cannot be unmapped.
-        for maps in self._maps:
-            del maps.received, maps.requested, maps.staged, maps.zero
         self._maps.clear()
-        self._view.release()
-        self._mapping.close()
         os.close(self.descriptor)
         self.descriptor = -1
 

@@ -60,7 +60,7 @@ class RegionsReader:
         return len(self._text)
 
     def feed(self, data: bytes) -> tuple[Region, ...] | None:
-        """Take the next bytes; return the regions once the text is complete, None if more must come.
+        """Take the next bytes; return the regions once the text is complete, None before that.
 
         :raise ProtocolError: if the text is too long, is not such a message or breaks a rule for
             its values. The reader is of no use after it.

@@ -81,7 +81,7 @@ class _Event(msgspec.Struct, frozen=True, tag_field="event"):
     pass
 
 
-class Registered(_Event, tag="registered"):
+class Registered(_Event, frozen=True, tag="registered"):
     """The handoff was accepted."""
 
     name: str
@@ -89,62 +89,60 @@ class Registered(_Event, tag="registered"):
     """Addresses to which the source may connect."""
 
 
-class InhibitBalloon(_Event, tag="inhibit-balloon"):
+class InhibitBalloon(_Event, frozen=True, tag="inhibit-balloon"):
     """Give no memory back to the host from now on."""
 
 
-class Advise(_Event, tag="advise"):
+class Advise(_Event, frozen=True, tag="advise"):
     """A migration begins: put memory locks aside, then empty all blocks."""
 
 
-class Discard(_Event, tag="discard"):
+class Discard(_Event, frozen=True, tag="discard"):
     """Forbid huge pages from forming in all blocks."""
 
 
-class Listening(_Event, tag="listening"):
+class Listening(_Event, frozen=True, tag="listening"):
     """Missing memory is waited for, and served, from now on."""
 
 
-class Run(_Event, tag="run"):
+class Run(_Event, frozen=True, tag="run"):
     """The device state comes along in a sealed memory file: load it and run."""
 
     length: _Unsigned
     """Bytes of device state."""
 
 
-class AllowBalloon(_Event, tag="allow-balloon"):
+class AllowBalloon(_Event, frozen=True, tag="allow-balloon"):
     """Memory may be given back to the host again."""
 
 
-class Complete(_Event, tag="complete"):
+class Complete(_Event, frozen=True, tag="complete"):
     """All memory is there."""
 
 
-class Failed(_Event, tag="failed"):
+class Failed(_Event, frozen=True, tag="failed"):
     """The handoff was refused, or the migration has ended without all memory."""
 
     reason: str
 
 
-class _Answer(
-    msgspec.Struct, frozen=True, tag_field="event", forbid_unknown_fields=True
-):
+class _Answer(msgspec.Struct, frozen=True, tag_field="event", forbid_unknown_fields=True):
     pass
 
 
-class Advised(_Answer, tag="advised"):
+class Advised(_Answer, frozen=True, tag="advised"):
     """Answers advise."""
 
 
-class Discarded(_Answer, tag="discarded"):
+class Discarded(_Answer, frozen=True, tag="discarded"):
     """Answers discard."""
 
 
-class Loaded(_Answer, tag="loaded"):
+class Loaded(_Answer, frozen=True, tag="loaded"):
     """Answers run."""
 
 
-class Refused(_Answer, tag="refused"):
+class Refused(_Answer, frozen=True, tag="refused"):
     """Answers any of them: it could not be done."""
 
     reason: str

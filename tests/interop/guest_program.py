@@ -34,11 +34,11 @@ _LAYOUT: Final = {
     "ROM_COPY": ROM_COPY,
     "FILES": FILES,
     "ONCE": 2 << 20,
-    "ONCE_END": 10 << 20,
-    "SPARSE": 10 << 20,
+    "ONCE_END": 6 << 20,
+    "SPARSE": 6 << 20,
     "SPARSE_END": 18 << 20,
-    "WHOLE": 18 << 20,
-    "WHOLE_END": 34 << 20,
+    "EVERY": 18 << 20,
+    "EVERY_END": 34 << 20,
     "TOGGLE": 34 << 20,
     "TOGGLE_END": 38 << 20,
 }
@@ -56,11 +56,8 @@ def build_firmware(directory: Path) -> Path:
     subprocess.run(
         ["as", "--32", "--fatal-warnings", *symbols, "-o", object_file, source], check=True
     )
-    subprocess.run(
-        ["ld", "-m", "elf_i386", "--fatal-warnings", f"-Ttext={FIRMWARE_ADDRESS:#x}"]
-        + ["--oformat=binary", "-o", firmware, object_file],
-        check=True,
-    )
+    place = ["-m", "elf_i386", f"-Ttext={FIRMWARE_ADDRESS:#x}", "--oformat=binary"]
+    subprocess.run(["ld", "--fatal-warnings", *place, "-o", firmware, object_file], check=True)
     return firmware
 
 

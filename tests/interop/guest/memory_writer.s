@@ -7,10 +7,14 @@
 #   DIRECTORY          the directory of fw_cfg, as read
 #   ROM_COPY           a copy of the 128 KiB of the option ROM area (the block pc.rom)
 #   FILES              every file of fw_cfg, each at the next 4 KiB boundary
-#   ONCE, ONCE_END     filled before the first pass, then left alone
-#   SPARSE, SPARSE_END one word in every third page changes in each pass
-#   WHOLE, WHOLE_END   every word changes in each pass
-#   TOGGLE, TOGGLE_END filled in odd passes, cleared in even ones
+#   ONCE, ONCE_END     every word is set before the first pass, then left alone
+#   SPARSE, SPARSE_END each pass changes every third page
+#   EVERY, EVERY_END   each pass changes every page
+#   TOGGLE, TOGGLE_END odd passes write something to every page, even ones make it zero again
+#
+# A KVM that runs inside a virtual machine may emulate all code that is not in long mode, at about a
+# million instructions a second. So a pass changes few words of a page, and what is filled
+# is filled by string instructions.
 
     .intel_syntax noprefix
     .set LEGACY_AREA, 0xa0000           # VGA window, option ROMs, firmware alias: up to 1 MiB
@@ -19,7 +23,8 @@
     .set OPTION_ROMS_LENGTH, 0x20000
     .set STACK, 0x8000
     .set PAGE, 0x1000
-    .set STEP, 0x9e3779b1               # what one word of the pattern adds to the word before
+    .set STEP, 0x9e3779b1               # from one word that is written to the next
+    .set PERIOD, 2047                   # words; no two of the first 2047 pages are alike
 
     .set PCI_ADDRESS, 0xcf8
     .set PCI_DATA, 0xcfc
@@ -102,52 +107,56 @@ copy_file:
     dec ebx
     jnz copy_file
 
-    mov eax, 1
-    mov edi, LEGACY_AREA
-    mov ecx, LEGACY_AREA_END
-    call fill
+    # Fill by one string instruction each, from words that differ: every page gets other contents.
+    mov eax, STEP
     mov edi, ONCE
-    mov ecx, ONCE_END
-    call fill
+    mov ecx, PERIOD
+first_words:
+    stosd
+    add eax, STEP
+    loop first_words
+    mov esi, ONCE
+    mov ecx, (ONCE_END - ONCE) / 4 - PERIOD
+    rep movsd
+    mov esi, ONCE + 4
+    mov edi, LEGACY_AREA
+    mov ecx, (LEGACY_AREA_END - LEGACY_AREA) / 4
+    rep movsd
 
 next_pass:
     inc dword ptr [PASSES]
 
     mov edi, SPARSE
-change_one_word:
-    mov [edi + 0x800], eax
+change_every_third:
     add eax, STEP
+    mov [edi + PAGE / 2], eax
     add edi, 3 * PAGE
     cmp edi, SPARSE_END
-    jb change_one_word
+    jb change_every_third
 
-    mov edi, WHOLE
-    mov ecx, WHOLE_END
-    call fill
-
-    mov edi, TOGGLE
-    mov ecx, TOGGLE_END
-    test byte ptr [PASSES], 1
-    jz clear_it
-    call fill
-    jmp next_pass
-clear_it:
-    mov ebx, eax
-    sub ecx, edi
-    shr ecx, 2
-    xor eax, eax
-    rep stosd
-    mov eax, ebx
-    jmp next_pass
-
-# Fill from edi up to ecx with the pattern that goes on from eax.
-fill:
-    mov [edi], eax
+    mov edi, EVERY
+change_every:
     add eax, STEP
-    add edi, 4
-    cmp edi, ecx
-    jb fill
-    ret
+    mov [edi], eax
+    mov [edi + PAGE - 4], eax
+    add edi, PAGE
+    cmp edi, EVERY_END
+    jb change_every
+
+    # All ones in odd passes, zeros in even ones: a mask.
+    mov ebx, [PASSES]
+    and ebx, 1
+    neg ebx
+    mov edi, TOGGLE
+change_to_and_from_zero:
+    add eax, STEP
+    mov edx, eax
+    and edx, ebx
+    mov [edi + PAGE / 4], edx
+    add edi, PAGE
+    cmp edi, TOGGLE_END
+    jb change_to_and_from_zero
+    jmp next_pass
 
 # Write ebx to the PCI configuration register eax.
 write_pci:

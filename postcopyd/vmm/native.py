@@ -1,0 +1,241 @@
+"""A VMM that speaks the native handoff: events go out, answers come in, over its connection."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+from contextlib import ExitStack
+
+from postcopyd.incoming.vmm import GuestMemory, VmmFailure
+from postcopyd.kernel import memory_file
+from postcopyd.vmm.peer import Peer
+from postcopyd.wire import handoff as wire
+from postcopyd.wire.errors import ProtocolError
+
+_RECEIVE = 4096
+
+
+class NativeVmm:
+    """`postcopyd.incoming.vmm.Vmm` over a connection on which the handoff has come.
+
+    Made within a running event loop. Nothing is asked of the VMM before `registered`.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        peer: Peer,
+        pidfd: int | None,
+        memory: GuestMemory,
+        resources: ExitStack,
+    ) -> None:
+        """Take over `resources`, which close everything else when they are closed.
+
+        :param connection: non-blocking.
+        :param pidfd: of the VMM; None if it cannot be watched: then only its socket tells its end.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._connection = connection
+        self._peer = peer
+        self._pidfd = pidfd
+        self._memory = memory
+        self._resources = resources
+        self._answers = wire.answer_reader()
+        self._answer: asyncio.Future[wire.Answer] | None = None
+        self._accepted = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._broken: str | None = None
+        self._advised = self._discarded = self._loaded = self._ended = self._closed = False
+        self._loop.add_reader(connection.fileno(), self._readable)
+        if pidfd is not None:
+            self._loop.add_reader(pidfd, self._exited)
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The blocks and the userfaultfd, unchanged until `close`."""
+        return self._memory
+
+    @property
+    def process_id(self) -> int:
+        """Of the VMM, as this process sees it; 0 when it is in a namespace we do not see."""
+        return self._peer.pid
+
+    @property
+    def description(self) -> str:
+        """For logs and reports, such as ``pid 4711, uid 0``."""
+        return str(self._peer)
+
+    # -- what the VMM is told and asked -------------------------------------------------------
+
+    def registered(self, name: str, listen: tuple[str, ...]) -> None:
+        """Tell the VMM that its memory was accepted, and where its source may connect."""
+        self._send(wire.Registered(name, listen))
+        self._accepted.set()
+
+    async def advise(self, *, within: float = 60.0) -> None:
+        """Have the balloon inhibited, memory locks put aside and private memory emptied.
+
+        :param within: seconds that the VMM has for its answer.
+        :raise VmmFailure: if it refuses, breaks the protocol, is too slow or goes away.
+        """
+        if not self._advised:
+            await self._accepted.wait()
+            self._send(wire.InhibitBalloon())
+            await self._ask(wire.Advise(), wire.Advised, within)
+            self._advised = True
+
+    async def discard(self, *, within: float = 60.0) -> None:
+        """Have huge pages forbidden. As `advise`."""
+        if not self._discarded:
+            await self._ask(wire.Discard(), wire.Discarded, within)
+            self._discarded = True
+
+    def listening(self) -> None:
+        """Tell that faults are served from now on."""
+        self._send(wire.Listening())
+
+    async def run(self, device_state: bytes) -> None:
+        """Hand over the device state in a sealed memory file; return when it is loaded.
+
+        Loading touches memory that has yet to come, so it may take as long as the migration.
+
+        :raise VmmFailure: if the VMM refuses, breaks the protocol or goes away.
+        :raise OSError: if there is no memory for the memory file.
+        """
+        if self._loaded:
+            return
+        descriptor = memory_file.create("postcopyd-device-state", len(device_state))
+        try:
+            rest = memoryview(device_state)
+            while rest:
+                rest = rest[os.pwrite(descriptor, rest, len(device_state) - len(rest)) :]
+            memory_file.seal(descriptor)
+            await self._ask(wire.Run(len(device_state)), wire.Loaded, None, descriptor)
+        finally:
+            os.close(descriptor)
+        self._loaded = True
+
+    def complete(self) -> None:
+        """Tell that all memory is there: balloon, huge pages and locks may come back."""
+        if not self._ended:
+            self._ended = True
+            self._send(wire.AllowBalloon())
+            self._send(wire.Complete())
+
+    def failed(self, reason: str) -> None:
+        """Tell that the handoff is refused, or the migration has ended without all memory."""
+        if not self._ended:
+            self._ended = True
+            self._send(wire.Failed(reason))
+
+    async def gone(self) -> None:
+        """Return when the VMM has exited or has closed its socket; after `close`, never."""
+        await self._gone.wait()
+
+    def close(self) -> None:
+        """Release every descriptor. What waits for an answer gets `VmmFailure`. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop_watching()
+        self._break("its connection was closed by postcopyd")
+        self._resources.close()
+
+    # -- the connection ----------------------------------------------------------------------
+
+    async def _ask(
+        self,
+        event: wire.Event,
+        wanted: type[wire.Answer],
+        within: float | None,
+        descriptor: int | None = None,
+    ) -> None:
+        await self._accepted.wait()
+        self._send(event, descriptor)
+        if self._broken is not None:
+            raise VmmFailure(self._broken)
+        question = _name_of(event)
+        self._answer = self._loop.create_future()
+        try:
+            async with asyncio.timeout(within):
+                answer = await self._answer
+        except TimeoutError:
+            self._break(f"it has not answered {question} within {within:g} s")
+            raise VmmFailure(self._broken) from None
+        finally:
+            self._answer = None
+        if isinstance(answer, wire.Refused):
+            raise VmmFailure(f"it refused {question}: {answer.reason}")
+        if not isinstance(answer, wanted):
+            self._break(f"it answered {_name_of(answer)} to {question}")
+            raise VmmFailure(self._broken)
+
+    def _send(self, event: wire.Event, descriptor: int | None = None) -> None:
+        """Send a line; a VMM that does not take it is broken, which the next question tells.
+
+        All that is ever sent fits many times into the socket's buffer, so it is not waited for.
+        """
+        if self._broken is not None:
+            return
+        line = wire.encode(event)
+        rights = []
+        if descriptor is not None:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+        try:
+            sent = self._connection.sendmsg([line], rights, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._break(f"nothing can be sent to it: {error}")
+            return
+        if sent < len(line):
+            self._break("it does not read what it is sent")
+
+    def _readable(self) -> None:
+        try:
+            data = self._connection.recv(_RECEIVE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._lose("it has closed its socket")
+        elif self._broken is None:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            for answer in self._answers.feed(data):
+                if self._answer is None or self._answer.done():
+                    self._break(f"it said {_name_of(answer)} without being asked")
+                    return
+                self._answer.set_result(answer)
+        except ProtocolError as error:
+            self._break(f"it sent a wrong answer: {error}")
+
+    def _exited(self) -> None:
+        self._lose("it has exited")
+
+    def _lose(self, why: str) -> None:
+        self._stop_watching()
+        self._break(why)
+        self._gone.set()
+
+    def _stop_watching(self) -> None:
+        self._loop.remove_reader(self._connection.fileno())
+        if self._pidfd is not None:
+            self._loop.remove_reader(self._pidfd)
+
+    def _break(self, why: str) -> None:
+        """From here on every question fails with this reason; the first one counts."""
+        if self._broken is None:
+            self._broken = why
+        self._accepted.set()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(VmmFailure(self._broken))
+
+
+def _name_of(message: wire.Event | wire.Answer) -> str:
+    return repr(message.__struct_config__.tag)

@@ -1,0 +1,168 @@
+"""A guest in this very process: memory under a userfaultfd, and threads that touch it.
+
+The memory is only ever touched through ctypes calls, which release the interpreter lock: a fault
+under the lock would stop the thread that has to answer it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import select
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from postcopyd.incoming.vmm import GuestMemory, HandedBlock
+from postcopyd.kernel import memory_file
+from postcopyd.kernel.userfaultfd import (
+    Feature,
+    Operation,
+    RegisterMode,
+    Userfaultfd,
+)
+
+PAGE = mmap.PAGESIZE
+HUGE = 2 << 20
+LIMIT = 20.0
+"""Seconds after which a wait is a failure."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_memcpy = _libc.memcpy
+_memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+DONTNEED = 4
+
+
+class Touch:
+    """One access of a thread of its own; its result is there when the page is."""
+
+    def __init__(self, address: int, length: int) -> None:
+        self._result = ctypes.create_string_buffer(length)
+        self._thread = threading.Thread(
+            target=_memcpy, args=(ctypes.addressof(self._result), address, length), daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def waits(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> bytes:
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive(), "the access still waits"
+        return self._result.raw
+
+
+@dataclass
+class Guest:
+    """Memory of `pages` host pages, registered for missing pages unless told otherwise."""
+
+    pages: int = 64
+    page_size: int = PAGE
+    shared: bool = False
+    register: bool = True
+    reserve: bool = True
+    """Whether huge pages are promised to the mapping; else placing may find the pool empty."""
+    features: Feature = Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feature.THREAD_ID
+    name: str = "pc.ram"
+    address: int = field(init=False)
+    userfaultfd: Userfaultfd = field(init=False)
+    memory_file: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        descriptor = -1
+        features = self.features
+        huge = self.page_size if self.page_size != PAGE else None
+        if self.shared:
+            descriptor = self.memory_file = memory_file.create("guest", self.length, huge)
+            flags = mmap.MAP_SHARED
+            features |= Feature.MISSING_HUGETLBFS if huge else Feature.MISSING_SHMEM
+        elif huge:
+            flags |= 0x40000 | 21 << 26  # MAP_HUGETLB of 2 MiB
+            features |= Feature.MISSING_HUGETLBFS
+        if not self.reserve:
+            flags |= 0x4000  # MAP_NORESERVE
+        address = _mmap(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+        assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+        self.address = address
+        self.userfaultfd = Userfaultfd.open()
+        self.userfaultfd.handshake(features)
+        if self.register:
+            self.userfaultfd.register(
+                self.address, self.length, RegisterMode.MISSING, Operation.COPY
+            )
+
+    @property
+    def length(self) -> int:
+        return self.pages * self.page_size
+
+    @property
+    def memory(self) -> GuestMemory:
+        block = HandedBlock(
+            self.name, self.address, self.length, self.page_size, self.memory_file, 0
+        )
+        return GuestMemory((block,), self.userfaultfd, registered=self.register)
+
+    def touch(self, page: int, length: int = PAGE) -> Touch:
+        """Read the head of a page in a thread of its own."""
+        return Touch(self.address + page * self.page_size, length)
+
+    def wait_for_event(self) -> None:
+        """Return when an event can be read."""
+        poll = select.poll()
+        poll.register(self.userfaultfd.fileno(), select.POLLIN)
+        assert poll.poll(LIMIT * 1000), "no fault came"
+
+    def remove(self, first: int, count: int = 1) -> threading.Thread:
+        """Give pages back, in a thread: it waits until the event is read."""
+        thread = threading.Thread(
+            target=_madvise,
+            args=(self.address + first * self.page_size, count * self.page_size, DONTNEED),
+            daemon=True,
+        )
+        thread.start()
+        return thread
+
+    def unmap(self, first: int, count: int) -> threading.Thread:
+        """Unmap pages, in a thread: it waits until the event is read."""
+        thread = threading.Thread(
+            target=_munmap,
+            args=(self.address + first * self.page_size, count * self.page_size),
+            daemon=True,
+        )
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        self.userfaultfd.close()
+        _munmap(self.address, self.length)
+        if self.memory_file is not None:
+            os.close(self.memory_file)
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
