@@ -172,8 +172,6 @@ class Placer:
         if result in _PUT_OFF:
             return False
         if result == _PRESENT:
-            if size > mmap.PAGESIZE and not free_huge_pages(size):
-                return False  # perhaps ENOMEM: see `_answer`
             self._wake(destination, size)
         elif result < 0 and result != _NOT_MAPPED:
             raise VmmGone(f"zeros for {block.name!r} page {page}: the VMM has exited")

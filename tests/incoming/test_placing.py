@@ -62,9 +62,7 @@ class Bench:
             offsets: range | list[int] = range(pages.start * PAGE, pages.stop * PAGE, PAGE)
         else:
             offsets = [page * PAGE for page in pages]
-        return self.placer.place_pages(
-            self.block, offsets, self.source + pages[0] * PAGE, stride
-        )
+        return self.placer.place_pages(self.block, offsets, self.source + pages[0] * PAGE, stride)
 
     def close(self) -> None:
         self.placer.close()
@@ -215,7 +213,9 @@ def test_esrch_a_process_that_has_exited_is_told_apart() -> None:
     child = os.fork()
     if child == 0:
         memory = Guest(pages=4)
-        socket.send_fds(theirs, [memory.address.to_bytes(8, "little")], [memory.userfaultfd.fileno()])
+        socket.send_fds(
+            theirs, [memory.address.to_bytes(8, "little")], [memory.userfaultfd.fileno()]
+        )
         signal.pause()
         os._exit(0)
     theirs.close()

@@ -1,0 +1,25 @@
+"""The one exception of the codecs."""
+
+from __future__ import annotations
+
+
+class ProtocolError(Exception):
+    """A peer sent something that it must not send, or stopped in the middle.
+
+    The text says what was wrong and, where it is known, at which byte of the connection.
+    """
+
+    def __init__(self, what: str, position: int | None = None) -> None:
+        """Name the mistake.
+
+        :param position: number of the byte, counted from 0 at the start of the connection, at
+            which the wrong message or record begins; None when it is not about one place.
+        """
+        super().__init__(what, position)
+        self.what = what
+        self.position = position
+
+    def __str__(self) -> str:
+        if self.position is None:
+            return self.what
+        return f"at byte {self.position}: {self.what}"
