@@ -106,7 +106,9 @@ def main() -> int:
             wrong=wrong,
             waits=asdict(LatencyReport.of(waits)),
             sha256={
-                block.name: hashlib.sha256(ctypes.string_at(block.address, block.length)).hexdigest()
+                block.name: hashlib.sha256(
+                    ctypes.string_at(block.address, block.length)
+                ).hexdigest()
                 for block in blocks
             },
         )

@@ -85,7 +85,8 @@ class IncomingMigration:
         self._connection: socket.socket | None = None
         self._return_path: ReturnPath | None = None
         self._return_path_open = False
-        self._peer: str | None = None
+        self.peer: str | None = None
+        """Where the source is, None before one has connected."""
         self._bytes_received = 0
         self._machine: str | None = None
         self._target_page_size = 0
@@ -163,14 +164,14 @@ class IncomingMigration:
             still is the caller's.
         """
         if self._stream is not None:
-            raise Refused(f"migration {self.name!r} already has a source: {self._peer}")
+            raise Refused(f"migration {self.name!r} already has a source: {self.peer}")
         if self.state is not State.NONE:
             raise Refused(f"migration {self.name!r} is {self.state.value}: it takes no stream")
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._settings.receive_buffer)
         self._connection = connection
-        self._peer = peer
+        self.peer = peer
         self._stream = StreamConnection(
             self._loop,
             connection,
@@ -424,10 +425,10 @@ class IncomingMigration:
         if self.state.ended or self._end_of_stream:
             return
         wrong = isinstance(error, ProtocolError)
-        reason = str(error) if wrong else f"the stream from {self._peer} broke: {error}"
+        reason = str(error) if wrong else f"the stream from {self.peer} broke: {error}"
         if self.state is State.NONE and not self._stream.bytes_received:
             self._drop_stream()
-            self._trace(events.StreamDropped(self._peer or ""))
+            self._trace(events.StreamDropped(self.peer or ""))
         else:
             self._error(reason)
 
@@ -463,7 +464,7 @@ class IncomingMigration:
         if stream is None or not self.before_package:
             return
         if stream.bytes_received == received and not stream.paused:
-            self._error(f"the source at {self._peer} has sent nothing for {seconds:g} s")
+            self._error(f"the source at {self.peer} has sent nothing for {seconds:g} s")
             return
         self._watch_idle(self._settings.idle_timeout, stream.bytes_received)
 
@@ -560,7 +561,7 @@ class IncomingMigration:
             state=self.state.value,
             failure=self.failure,
             vmm=self._vmm.description if self._vmm else None,
-            peer=self._peer,
+            peer=self.peer,
             machine=self._machine,
             blocks=blocks,
             length=sum(block.length for block in blocks),

@@ -76,6 +76,18 @@ LEGAL_MESSAGES: dict[type[messages.Message], frozenset[State]] = {
 """In which states a message may come; one that is not listed is refused in all of them."""
 
 
+_HINTS: dict[tuple[State, type[messages.Message]], str] = {
+    (State.NONE, messages.BlockList): (
+        "the source did not advise post-copy: switch its capability postcopy-ram on"
+    ),
+    (State.ADVISE, messages.DeviceState): (
+        "the source finished its pre-copy without a switchover to post-copy: start post-copy "
+        "(migrate-start-postcopy) while pages are still to come"
+    ),
+}
+"""What to do about the mistakes that an honest operator makes."""
+
+
 class IllegalStep(Exception):
     """A step that the table does not have: a mistake of ours, never of a peer."""
 
@@ -96,6 +108,9 @@ def check_message(state: State, message: messages.Message, position: int) -> Non
     """
     legal = LEGAL_MESSAGES.get(type(message), frozenset())
     if state not in legal:
+        hint = _HINTS.get((state, type(message)))
+        if hint is not None:
+            raise ProtocolError(hint, position)
         name = type(message).__name__
         where = ", ".join(sorted(entry.value for entry in legal)) or "no state"
         raise ProtocolError(

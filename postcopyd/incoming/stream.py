@@ -75,6 +75,14 @@ class StreamConnection:
             self._reading = True
 
     def _readable(self) -> None:
+        try:
+            self._receive()
+        except Exception as error:
+            # A mistake of ours: it ends this stream, not the daemon, and it is logged.
+            self._stop(error)
+            raise
+
+    def _receive(self) -> None:
         reader = self.reader
         for _ in range(_RECEIVES_A_TURN):
             try:

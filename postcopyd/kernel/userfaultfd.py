@@ -1,12 +1,15 @@
 """userfaultfd(2): one descriptor, its handshake, its ioctls and its events.
 
 Numbers and layouts are those of linux/userfaultfd.h; behaviour is that of the userfaultfd(2) and
-ioctl_userfaultfd(2) manual pages, and of Linux 6.18 where they are silent.
+ioctl_userfaultfd(2) manual pages, and of fs/userfaultfd.c and mm/userfaultfd.c of Linux 6.18 where
+they are silent.
+
+The rule of this file: on the hot path (placing) what the kernel answers is a value, everywhere
+else it is an exception.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -16,6 +19,10 @@ import struct
 from collections.abc import Iterable
 from enum import IntFlag
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from postcopyd.kernel.system_calls import failure, system_call
 
 _API = 0xAA
 _IOC_API = 0xC018AA3F
@@ -24,13 +31,15 @@ _IOC_UNREGISTER = 0x8010AA01
 _IOC_WAKE = 0x8010AA02
 _IOC_COPY = 0xC028AA03
 _IOC_ZEROPAGE = 0xC020AA04
+_IOC_MOVE = 0xC028AA05
 _IOC_WRITEPROTECT = 0xC018AA06
 _IOC_CONTINUE = 0xC020AA07
 _IOC_POISON = 0xC020AA08
-_DEV_IOC_NEW = 0xAA00
 
-_SYSCALL = {"x86_64": 323, "aarch64": 282}
+_SYSTEM_CALL = {"x86_64": 323, "aarch64": 282}
 _USER_MODE_ONLY = 1
+_DEVICE = "/dev/userfaultfd"
+_DEVICE_IOC_NEW = 0xAA00
 
 EVENT_PAGEFAULT = 0x12
 EVENT_FORK = 0x13
@@ -39,17 +48,38 @@ EVENT_REMOVE = 0x15
 EVENT_UNMAP = 0x16
 
 PAGEFAULT_WRITE = 1
+"""Flag of a page fault: it was a write."""
 PAGEFAULT_WRITE_PROTECT = 2
+"""Flag of a page fault: the page is there, but write-protected."""
 PAGEFAULT_MINOR = 4
+"""Flag of a page fault: the page is in the memory file, but not mapped."""
 
-COPY_DONT_WAKE = 1
-COPY_WRITE_PROTECT = 2
+MODE_DONT_WAKE = 1
+"""Of every placing operation: leave who waits for the page waiting."""
+MODE_WRITE_PROTECT = 2
+"""Of copy and continue: map the page write-protected."""
+MODE_ALLOW_HOLES = 2
+"""Of move: what is missing in the source is not an error."""
 
 PRESENT = -errno.EEXIST
+"""The page is there already, and stays as it is."""
 CHANGING = -errno.EAGAIN
+"""The memory's layout is changing: an event of this userfaultfd is unread, or a fork goes on."""
 GONE = (-errno.ENOENT, -errno.ESRCH)
+"""The range is not mapped or not registered (any more); the process has exited."""
 NO_MEMORY = (-errno.ENOMEM, -errno.ENOSPC)
+"""No page to be had: memory, a limit of a control group or of a tmpfs, the pool of huge pages.
+
+Linux 6.18 does not say so of huge pages of which none is free: it says `PRESENT` instead."""
 _VALUES = frozenset({PRESENT, CHANGING, *GONE, *NO_MEMORY})
+
+_MESSAGE_SIZE = 32
+_MESSAGES_A_READ = 64
+
+# Bound once: they are called for every page.
+_ioctl = fcntl.ioctl
+_unpack_message = struct.Struct("B7xQQQ").unpack_from
+_iterate_messages = struct.Struct("B7xQQQ").iter_unpack
 
 
 class Feature(IntFlag):
@@ -73,9 +103,39 @@ class Feature(IntFlag):
     WP_ASYNC = 1 << 15
     MOVE = 1 << 16
 
+    @property
+    def since(self) -> str:
+        """The first Linux, on x86-64, that has all of these features, such as ``6.8``."""
+        versions = [version for bits, version in _SINCE if self & bits]
+        return versions[-1] if versions else "4.3"
+
+
+# In the order of the releases.
+_SINCE = (
+    (
+        Feature.EVENT_FORK
+        | Feature.EVENT_REMAP
+        | Feature.EVENT_REMOVE
+        | Feature.EVENT_UNMAP
+        | Feature.MISSING_HUGETLBFS
+        | Feature.MISSING_SHMEM,
+        "4.11",
+    ),
+    (Feature.SIGBUS | Feature.THREAD_ID, "4.14"),
+    (Feature.PAGEFAULT_FLAG_WP, "5.7"),
+    (Feature.MINOR_HUGETLBFS, "5.13"),
+    (Feature.MINOR_SHMEM, "5.14"),
+    (Feature.EXACT_ADDRESS, "5.18"),
+    (Feature.WP_HUGETLBFS_SHMEM, "5.19"),
+    (Feature.WP_UNPOPULATED, "6.4"),
+    (Feature.POISON, "6.6"),
+    (Feature.WP_ASYNC, "6.7"),
+    (Feature.MOVE, "6.8"),
+)
+
 
 class RegisterMode(IntFlag):
-    """What a registered range reports."""
+    """What a registered range reports (UFFDIO_REGISTER_MODE_*)."""
 
     MISSING = 1
     WRITE_PROTECT = 2
@@ -83,7 +143,7 @@ class RegisterMode(IntFlag):
 
 
 class Operation(IntFlag):
-    """Bits of the masks of ioctls that API and REGISTER give back."""
+    """Bits of the mask of ioctls that REGISTER gives back."""
 
     REGISTER = 1 << 0x00
     UNREGISTER = 1 << 0x01
@@ -98,72 +158,60 @@ class Operation(IntFlag):
 
 
 class UserfaultfdUnavailable(OSError):
-    """No userfaultfd can be had; the text names the ways that were tried and what to do."""
+    """No userfaultfd can be had; the text names the ways that were tried and what to do.
+
+    Its errno is that of the system call.
+    """
 
 
 class UserfaultfdUnsupported(OSError):
     """The kernel does not offer what was asked for; the text names it."""
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-def _open_by_syscall(flags: int) -> int:
-    number = _SYSCALL.get(platform.machine())
-    if number is None:
-        raise OSError(errno.ENOSYS, f"no userfaultfd number known for {platform.machine()}")
-    descriptor: int = _libc.syscall(ctypes.c_long(number), ctypes.c_int(flags))
-    if descriptor < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return descriptor
-
-
-def _open_by_device(flags: int) -> int:
-    device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return fcntl.ioctl(device, _DEV_IOC_NEW, flags)
-    finally:
-        os.close(device)
-
-
 class Userfaultfd:
-    """A userfaultfd that this object owns.
+    """A userfaultfd that this object owns. For one thread.
 
-    Placing returns values, not exceptions: a result above 0 is the number of bytes placed (less
-    than asked: resume behind them), one below 0 is a negative errno out of `PRESENT`, `CHANGING`,
-    `GONE` and `NO_MEMORY`. Every other errno is a mistake of ours and raises OSError.
+    Placing (`copy`, `zeropage`, `continue_range`, `poison`, `move`) returns values, not
+    exceptions: a result above 0 is the number of bytes placed (less than asked: go on behind
+    them), one below 0 is a negative errno out of `PRESENT`, `CHANGING`, `GONE` and `NO_MEMORY`.
+    Every other errno is a mistake of the caller's (EINVAL, EFAULT, EBADF) and raises OSError.
     """
 
     def __init__(self, descriptor: int) -> None:
         """Take over `descriptor`, opened here or handed over."""
         self._descriptor = descriptor
-        self._copy_buffer = bytearray(40)
-        self._range_buffer = bytearray(32)
-        self._messages = bytearray(32 * 64)
-        self._message_views = [self._messages]
+        # struct uffdio_copy and uffdio_move; struct uffdio_zeropage, _continue and _poison. The
+        # last field is the kernel's answer. Signed, because the answer is, and no user address
+        # has the highest bit.
+        self._five_fields = memoryview(bytearray(40)).cast("q")
+        self._four_fields = memoryview(bytearray(32)).cast("q")
+        self._messages = memoryview(bytearray(_MESSAGE_SIZE * _MESSAGES_A_READ))
+        self._read_into = [self._messages]
+
+    # -- opening and closing -----------------------------------------------------------------
 
     @classmethod
     def open(cls, *, user_mode_only: bool = False) -> Userfaultfd:
-        """Open a new one, close-on-exec and non-blocking: by syscall, else by /dev/userfaultfd.
+        """Open a new one, close-on-exec and non-blocking: by system call, else by /dev/userfaultfd.
 
+        :param user_mode_only: needs no right, but an access by the kernel on the process's behalf
+            (a read(2) into missing memory, KVM) fails instead of waiting. Since Linux 5.11.
         :raise UserfaultfdUnavailable: if neither way is open to us.
         """
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (_USER_MODE_ONLY if user_mode_only else 0)
         try:
-            return cls(_open_by_syscall(flags))
+            return cls(_open_by_system_call(flags))
         except OSError as error:
-            by_syscall = error
+            by_system_call = error
         try:
             return cls(_open_by_device(flags))
-        except OSError as by_device:
+        except OSError as error:
+            code = by_system_call.errno or errno.EPERM
             raise UserfaultfdUnavailable(
-                by_syscall.errno,
-                f"no userfaultfd: userfaultfd(2): {by_syscall.strerror}; "
-                f"/dev/userfaultfd: {by_device.strerror}. Run as root, give access to "
-                f"/dev/userfaultfd, or set sysctl vm.unprivileged_userfaultfd=1",
-            ) from by_device
+                code,
+                f"no userfaultfd: userfaultfd(2): {os.strerror(code)}; "
+                f"{_DEVICE}: {error.strerror}. {_what_to_do(code, user_mode_only)}",
+            ) from by_system_call
 
     @staticmethod
     def offered() -> Feature:
@@ -175,26 +223,34 @@ class Userfaultfd:
             probe = Userfaultfd.open()
         except UserfaultfdUnavailable:
             probe = Userfaultfd.open(user_mode_only=True)
-        try:
-            return probe._api(Feature(0))
-        finally:
-            probe.close()
+        with probe:
+            return probe._agree(Feature(0))
 
     def handshake(self, wanted: Feature) -> Feature:
         """Ask for `wanted`, after asking whether the kernel has it; return all that it offers.
 
+        The kernel refuses a handshake with a feature that it does not have as a whole, without a
+        word on which one, and it allows one handshake only. Hence the question before.
+
         :raise UserfaultfdUnsupported: naming the features that are missing.
+        :raise OSError: if the handshake has been done before (EINVAL), or if `wanted` takes a
+            right: EVENT_FORK needs CAP_SYS_PTRACE (EPERM).
         """
         missing = wanted & ~self.offered()
         if missing:
             raise UserfaultfdUnsupported(
-                errno.EOPNOTSUPP, f"this kernel's userfaultfd has no {missing.name}"
+                errno.EOPNOTSUPP,
+                f"this kernel's userfaultfd has no {missing.name}: "
+                f"Linux {missing.since} or newer is needed",
             )
-        return self._api(wanted)
+        return self._agree(wanted)
 
-    def _api(self, features: Feature) -> Feature:
+    def _agree(self, features: Feature) -> Feature:
         buffer = bytearray(struct.pack("QQQ", _API, features, 0))
-        fcntl.ioctl(self._descriptor, _IOC_API, buffer)
+        try:
+            _ioctl(self._descriptor, _IOC_API, buffer)
+        except OSError as error:
+            raise _failed(f"UFFDIO_API with features {features!r}", error) from error
         offered: int = struct.unpack("QQQ", buffer)[1]
         return Feature(offered)
 
@@ -210,110 +266,188 @@ class Userfaultfd:
     def close(self) -> None:
         """Close it. Idempotent. If it is the last copy, waiting threads go on with zeros."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- ranges ------------------------------------------------------------------------------
 
     def register(
         self, address: int, length: int, mode: RegisterMode, needed: Operation
     ) -> Operation:
         """Watch a range; return the operations that it allows.
 
-        :raise UserfaultfdUnsupported: if one of `needed` is not among them.
-        :raise OSError: if the range cannot be registered.
+        The kernel is content with a range of which only a part is mapped.
+
+        :param needed: operations without which the range is of no use; it stays registered all
+            the same.
+        :raise UserfaultfdUnsupported: if one of `needed` is not among those allowed.
+        :raise OSError: if the range is not made of whole pages, not mapped, or of memory that
+            cannot be watched (EINVAL), if another userfaultfd watches it (EBUSY), if the process
+            has exited (ENOMEM), or if it is a memory file that we may not write (EPERM).
         """
         buffer = bytearray(struct.pack("QQQQ", address, length, mode, 0))
         try:
-            fcntl.ioctl(self._descriptor, _IOC_REGISTER, buffer)
+            _ioctl(self._descriptor, _IOC_REGISTER, buffer)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"UFFDIO_REGISTER of {address:#x}+{length:#x}: {error.strerror}",
-            ) from error
+            attempt = f"UFFDIO_REGISTER of {address:#x}+{length:#x} for {mode!r}"
+            raise _failed(attempt, error) from error
         allowed = Operation(struct.unpack("QQQQ", buffer)[3])
         missing = needed & ~allowed
         if missing:
             raise UserfaultfdUnsupported(
-                errno.EOPNOTSUPP, f"memory at {address:#x} does not allow {missing.name}"
+                errno.EOPNOTSUPP,
+                f"memory at {address:#x} registered for {mode!r} does not allow {missing.name}",
             )
         return allowed
 
     def unregister(self, address: int, length: int) -> None:
         """Watch a range no more; who waits there goes on, with zeros where a page is missing.
 
-        :raise OSError: if the kernel refuses; ENOMEM when the process has gone.
+        :raise OSError: if the range is not mapped (EINVAL), or the process has exited (ENOMEM).
         """
-        fcntl.ioctl(self._descriptor, _IOC_UNREGISTER, struct.pack("QQ", address, length))
+        try:
+            _ioctl(self._descriptor, _IOC_UNREGISTER, struct.pack("QQ", address, length))
+        except OSError as error:
+            raise _failed(f"UFFDIO_UNREGISTER of {address:#x}+{length:#x}", error) from error
 
     def wake(self, address: int, length: int) -> None:
-        """Let who waits in a range try again."""
-        fcntl.ioctl(self._descriptor, _IOC_WAKE, struct.pack("QQ", address, length))
+        """Let who waits in a range try again; who finds no page then faults anew.
+
+        :raise OSError: if the range is not made of whole pages (EINVAL).
+        """
+        try:
+            _ioctl(self._descriptor, _IOC_WAKE, struct.pack("QQ", address, length))
+        except OSError as error:
+            raise _failed(f"UFFDIO_WAKE of {address:#x}+{length:#x}", error) from error
 
     def writeprotect(self, address: int, length: int, protect: bool) -> None:
-        """Write-protect a range, or lift it and wake."""
-        fcntl.ioctl(
-            self._descriptor,
-            _IOC_WRITEPROTECT,
-            bytearray(struct.pack("QQQ", address, length, 1 if protect else 0)),
-        )
+        """Write-protect a range that is registered for it, or lift that and wake.
 
-    def copy(
-        self,
-        destination: int,
-        source: int,
-        length: int,
-        mode: int = 0,
-        _pack: object = None,
-    ) -> int:
-        """Place `length` bytes from `source` (an address here) at `destination` (there)."""
-        buffer = self._copy_buffer
-        _pack_copy(buffer, 0, destination, source, length, mode, 0)
+        :raise OSError: if it is not registered so (ENOENT), the layout is changing (EAGAIN), or
+            the process has exited (ESRCH).
+        """
+        buffer = bytearray(struct.pack("QQQ", address, length, 1 if protect else 0))
         try:
-            _ioctl(self._descriptor, _IOC_COPY, buffer)
+            _ioctl(self._descriptor, _IOC_WRITEPROTECT, buffer)
         except OSError as error:
-            return _outcome(error, _unpack_result(buffer, 32)[0])
+            raise _failed(f"UFFDIO_WRITEPROTECT of {address:#x}+{length:#x}", error) from error
+
+    # -- placing -----------------------------------------------------------------------------
+
+    def copy(self, destination: int, source: int, length: int, mode: int = 0) -> int:
+        """Place `length` bytes from `source`, an address here, at `destination`, an address there.
+
+        The source need not be aligned.
+        """
+        fields = self._five_fields
+        fields[0] = destination
+        fields[1] = source
+        fields[2] = length
+        fields[3] = mode
+        fields[4] = 0
+        try:
+            _ioctl(self._descriptor, _IOC_COPY, fields)
+        except OSError as error:
+            return _outcome(error, fields[4])
         return length
 
     def zeropage(self, destination: int, length: int, mode: int = 0) -> int:
-        """Place zeros. Not for huge pages."""
-        return self._range_operation(_IOC_ZEROPAGE, destination, length, mode)
-
-    def continue_range(self, destination: int, length: int, mode: int = 0) -> int:
-        """Map what is in the page cache already."""
-        return self._range_operation(_IOC_CONTINUE, destination, length, mode)
-
-    def poison(self, destination: int, length: int, mode: int = 0) -> int:
-        """Make every later access a memory error."""
-        return self._range_operation(_IOC_POISON, destination, length, mode)
-
-    def _range_operation(self, number: int, destination: int, length: int, mode: int) -> int:
-        buffer = self._range_buffer
-        _pack_range(buffer, 0, destination, length, mode, 0)
+        """Place zeros. Not for huge pages: that is a mistake (EINVAL)."""
+        fields = self._four_fields
+        fields[0] = destination
+        fields[1] = length
+        fields[2] = mode
+        fields[3] = 0
         try:
-            _ioctl(self._descriptor, number, buffer)
+            _ioctl(self._descriptor, _IOC_ZEROPAGE, fields)
         except OSError as error:
-            return _outcome(error, _unpack_result(buffer, 24)[0])
+            return _outcome(error, fields[3])
         return length
 
-    def read_events(self) -> Iterable[tuple[int, int, int, int]]:
-        """Read up to 64 events, without waiting; empty when there is none."""
+    def continue_range(self, destination: int, length: int, mode: int = 0) -> int:
+        """Map what is in the memory file already; what is not is a mistake (EFAULT)."""
+        return self._place(_IOC_CONTINUE, destination, length, mode)
+
+    def poison(self, destination: int, length: int, mode: int = 0) -> int:
+        """Make every later access a memory error (SIGBUS), as if the hardware had lost the page."""
+        return self._place(_IOC_POISON, destination, length, mode)
+
+    def _place(self, number: int, destination: int, length: int, mode: int) -> int:
+        fields = self._four_fields
+        fields[0] = destination
+        fields[1] = length
+        fields[2] = mode
+        fields[3] = 0
         try:
-            length = os.readv(self._descriptor, self._message_views)
+            _ioctl(self._descriptor, number, fields)
+        except OSError as error:
+            return _outcome(error, fields[3])
+        return length
+
+    def move(self, destination: int, source: int, length: int, mode: int = 0) -> int:
+        """Take pages out of `source` and place them: both are anonymous memory of the process.
+
+        A page that is shared (after a fork) is busy, which is an error of its own: EBUSY.
+        """
+        fields = self._five_fields
+        fields[0] = destination
+        fields[1] = source
+        fields[2] = length
+        fields[3] = mode
+        fields[4] = 0
+        try:
+            _ioctl(self._descriptor, _IOC_MOVE, fields)
+        except OSError as error:
+            return _outcome(error, fields[4])
+        return length
+
+    # -- events ------------------------------------------------------------------------------
+
+    def read_events(self) -> Iterable[tuple[int, int, int, int]]:
+        """Read up to 64 events, without waiting; empty when there is none.
+
+        Each is (event, a, b, c):
+
+        ========= ===============================================
+        PAGEFAULT flags, address, thread id (0 unless asked for)
+        FORK      descriptor of the child's userfaultfd, 0, 0
+        REMAP     old address, new address, length
+        REMOVE    start, end, 0
+        UNMAP     start, end, 0
+        ========= ===============================================
+
+        The kernel hands out faults before other events, whatever came first, and none twice. Go
+        through what is returned before the next call: it reads into the same buffer.
+
+        :raise OSError: if the handshake has not been done (EINVAL), or the descriptors of this
+            process are used up when a FORK event is read (EMFILE).
+        """
+        try:
+            length = os.readv(self._descriptor, self._read_into)
         except BlockingIOError:
             return ()
-        if length == 32:
+        if length == _MESSAGE_SIZE:
             return (_unpack_message(self._messages),)  # type: ignore[return-value]
-        return _iter_messages(memoryview(self._messages)[:length])
-
-
-_ioctl = fcntl.ioctl
-_pack_copy = struct.Struct("QQQQq").pack_into
-_pack_range = struct.Struct("QQQq").pack_into
-_unpack_result = struct.Struct("q").unpack_from
-_unpack_message = struct.Struct("B7xQQQ").unpack_from
-_iter_messages = struct.Struct("B7xQQQ").iter_unpack
+        return _iterate_messages(self._messages[:length])
 
 
 def _outcome(error: OSError, result: int) -> int:
+    """Return what a failed placing means: bytes placed before it failed, or a negative errno.
+
+    The kernel answers a part that was placed with EAGAIN and the bytes in the result field. When
+    nothing was, the field has been left alone or holds the negative errno, by the kernel's version.
+    """
     if result > 0:
         return result
     code = -(error.errno or errno.EIO)
@@ -322,13 +456,60 @@ def _outcome(error: OSError, result: int) -> int:
     raise error
 
 
+def _failed(attempt: str, error: OSError) -> OSError:
+    return failure(attempt, error.errno or errno.EIO)
+
+
+def _open_by_system_call(flags: int) -> int:
+    number = _SYSTEM_CALL.get(platform.machine())
+    if number is None:
+        raise failure(f"userfaultfd(2) on {platform.machine()}", errno.ENOSYS)
+    return system_call("userfaultfd(2)", number, flags)
+
+
+def _open_by_device(flags: int) -> int:
+    device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _ioctl(device, _DEVICE_IOC_NEW, flags)
+    finally:
+        os.close(device)
+
+
+def _what_to_do(code: int, user_mode_only: bool) -> str:
+    """Return the remedy for a system call that has failed with `code`."""
+    if code == errno.ENOSYS:
+        return "This kernel is built without CONFIG_USERFAULTFD: use one that has it"
+    if code in (errno.EMFILE, errno.ENFILE):
+        return "Raise the limit of open files (RLIMIT_NOFILE)"
+    if user_mode_only:
+        return (
+            "A seccomp filter forbids it, or the kernel is older than 5.11: "
+            "allow userfaultfd in the filter of the container or service"
+        )
+    return (
+        f"Run as root, give this user access to {_DEVICE}, or set "
+        "sysctl vm.unprivileged_userfaultfd=1"
+    )
+
+
 def is_userfaultfd(descriptor: int) -> bool:
-    """Tell by its link in /proc whether a descriptor is a userfaultfd."""
+    """Tell by its link in /proc whether a descriptor of this process is a userfaultfd.
+
+    :raise FileNotFoundError: if it is not open.
+    """
     return os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:[userfaultfd]"
 
 
 def features_of(descriptor: int, pid: int | None = None) -> Feature | None:
-    """Return the features that a handshake has enabled; None if it is no userfaultfd."""
+    """Return the features that a handshake has enabled; None if it is no userfaultfd.
+
+    They are empty before the handshake. Read from the ``API:`` line of fdinfo, of which bit 31
+    is the kernel's own note that the handshake has been done.
+
+    :param pid: the process that has the descriptor; None for this one.
+    :raise FileNotFoundError: if it is not open, or the process has exited.
+    :raise PermissionError: if we may not look at that process.
+    """
     text = Path(f"/proc/{pid or 'self'}/fdinfo/{descriptor}").read_text()
     match = re.search(r"^API:\s*aa:([0-9a-f]+):", text, re.MULTILINE)
     return Feature(int(match[1], 16) & 0x7FFFFFFF) if match else None

@@ -18,6 +18,7 @@ block's pages, least significant bit first, padded to a multiple of 8 bytes.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -69,16 +70,17 @@ class PageMap:
             found = os.fstat(descriptor).st_size
             if found != size:
                 raise ValueError(f"page map has {found} bytes, the blocks need {size}")
-            view = memoryview(mmap.mmap(descriptor, size))
+            self._mapping = mmap.mmap(descriptor, size)
         except BaseException:
             os.close(descriptor)
             raise
+        self._view = memoryview(self._mapping)
         self._maps: list[BlockMap] = []
         start = 0
         for block in blocks:
             length = _map_bytes(block)
             end = start + length * _MAPS
-            self._maps.append(BlockMap(view[start:end], length))
+            self._maps.append(BlockMap(self._view[start:end], length))
             start = end
 
     def __getitem__(self, index: int) -> BlockMap:
@@ -93,13 +95,18 @@ class PageMap:
         return sum(maps.received.count() for maps in self._maps)
 
     def close(self) -> None:
-        """Let go of the maps and close the descriptor. Idempotent.
+        """Release mapping and descriptor; the maps must not be used after it. Idempotent.
 
-        The memory itself goes with the last bitarray that somebody still holds.
+        If somebody still holds a bitarray, the mapping goes with that.
         """
         if self.descriptor < 0:
             return
+        for maps in self._maps:
+            del maps.received, maps.requested, maps.staged, maps.zero
         self._maps.clear()
+        with contextlib.suppress(BufferError):
+            self._view.release()
+            self._mapping.close()
         os.close(self.descriptor)
         self.descriptor = -1
 

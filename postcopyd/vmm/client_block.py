@@ -42,7 +42,8 @@ class Block:
 
         :raise OSError: if there is no memory, or no such huge pages.
         """
-        return cls._of(name, page_size, _map_anonymous(length, page_size), None)
+        huge = page_size if page_size > mmap.PAGESIZE else None
+        return cls._of(name, page_size, memory.Mapping.anonymous(length, huge), None)
 
     @classmethod
     def memory_file(cls, name: str, length: int, page_size: int = mmap.PAGESIZE) -> Self:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+_Message = TypeVar("_Message")
+
 
 class ProtocolError(Exception):
     """A peer sent something that it must not send, or stopped in the middle.
@@ -23,3 +28,13 @@ class ProtocolError(Exception):
         if self.position is None:
             return self.what
         return f"at byte {self.position}: {self.what}"
+
+
+def messages_then_error(messages: Iterable[_Message], error: ProtocolError) -> Iterator[_Message]:
+    """Give the messages in front of a mistake, then raise it.
+
+    What came whole counts, however the bytes were split: a device package must not be lost to a
+    mistake behind it, because its source cannot take the guest back.
+    """
+    yield from messages
+    raise error

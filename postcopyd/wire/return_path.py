@@ -6,11 +6,11 @@ A message is u16 type, u16 length, payload; a received bitmap follows its messag
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from postcopyd.wire.errors import ProtocolError
+from postcopyd.wire.errors import ProtocolError, messages_then_error
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.names import decode_name, encode_name
 from postcopyd.wire.stream_format import (
@@ -197,7 +197,7 @@ class ReturnPathReader:
             self._failure = error
             if not messages:
                 raise
-            return _messages_then(messages, error)
+            return messages_then_error(messages, error)
         return messages
 
     def connection_lost(self) -> None:
@@ -317,8 +317,3 @@ class ReturnPathReader:
                 f"the received bitmap of block {block.name!r} has bits behind the block's end"
             )
         return ReceivedBitmap(block.name, bitmap)
-
-
-def _messages_then(messages: list[ReturnMessage], error: ProtocolError) -> Iterator[ReturnMessage]:
-    yield from messages
-    raise error

@@ -27,6 +27,7 @@ from postcopyd.wire.stream_format import (
     SMALLEST_HOST_PAGE,
     SUBSECTION_VERSION,
     TARGET_PAGE_BITS,
+    TARGET_PAGE_SIZE,
     UUID,
     UUID_LENGTH,
     VERSION,
@@ -48,7 +49,14 @@ END_OF_STREAM = bytes((Section.END_OF_FILE,))
 
 def page_word(offset: int, flags: int) -> bytes:
     """Return the word that begins a RAM record: a page offset or byte count, and the flags."""
-    return _numbers(_U64, offset | flags)
+    return page_words((offset,), flags)
+
+
+def page_words(offsets: Sequence[int], flags: int) -> bytes:
+    """Return the words of many RAM records with the same flags, one behind the other."""
+    if any(offset % TARGET_PAGE_SIZE for offset in offsets):
+        raise ValueError(f"offsets that are not whole pages of {TARGET_PAGE_SIZE} bytes")
+    return _numbers(struct.Struct(f">{len(offsets)}Q"), *[offset | flags for offset in offsets])
 
 
 def configuration(
@@ -219,9 +227,11 @@ class StreamWriter:
         """Return what goes in front of the content of each of these pages."""
         if not offsets:
             return []
-        first = self._record(block, offsets[0], PAGE)
-        flags = PAGE | CONTINUE
-        return [first, *[_U64.pack(offset | flags) for offset in offsets[1:]]]
+        words = page_words(offsets[1:], PAGE | CONTINUE)
+        return [
+            self.page(block, offsets[0]),
+            *[words[start : start + 8] for start in range(0, len(words), 8)],
+        ]
 
     def zero_page(self, block: str, offset: int) -> bytes:
         """Return a page that is all zero."""
@@ -231,9 +241,10 @@ class StreamWriter:
         """Return pages that are all zero."""
         if not offsets:
             return b""
-        flags = ZERO | CONTINUE
-        first = self.zero_page(block, offsets[0])
-        return first + b"".join([_U64.pack(offset | flags) + b"\0" for offset in offsets[1:]])
+        words = page_words(offsets[1:], ZERO | CONTINUE)
+        return self.zero_page(block, offsets[0]) + b"".join(
+            [words[start : start + 8] + b"\0" for start in range(0, len(words), 8)]
+        )
 
     def _record(self, block: str, offset: int, flags: int) -> bytes:
         if block == self._last_block:

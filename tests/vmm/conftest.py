@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
 
 from tests.vmm.handoffs import Handoffs, Offer, listening
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _helper_of_multiprocessing() -> None:
+    """Start it before descriptors are counted: it keeps a pipe for the rest of the session."""
+    resource_tracker.ensure_running()
 
 
 @pytest.fixture

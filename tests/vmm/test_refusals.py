@@ -8,6 +8,7 @@ import ctypes
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from postcopyd.kernel import memory_file
 from postcopyd.kernel.memory import Mapping
 from postcopyd.kernel.userfaultfd import Feature, Operation, RegisterMode, Userfaultfd
+from postcopyd.vmm.client import Block
 from tests.vmm.handoffs import (
     FEATURES,
     LIMIT,
@@ -166,17 +168,17 @@ async def test_a_block_that_is_not_mapped(handoffs: Handoffs, offer: Offer) -> N
     assert "is not mapped" in reason
 
 
-@pytest.mark.parametrize("missing", ["first half", "second half"])
-async def test_a_block_that_is_mapped_in_part(
-    handoffs: Handoffs, offer: Offer, missing: str
+@pytest.mark.parametrize(("first_unmapped", "tried"), [(0, 0), (8, 15)])
+async def test_a_block_of_which_one_half_is_not_mapped(
+    handoffs: Handoffs, offer: Offer, first_unmapped: int, tried: int
 ) -> None:
     """The kernel registers such a range without a word."""
-    mapping = offer.mappings[0]
-    half = mapping.length // 2
-    start = mapping.address + (half if missing == "second half" else 0)
-    assert ctypes.CDLL(None).munmap(ctypes.c_void_p(start), ctypes.c_size_t(half)) == 0
-    assert f"block 'pc.ram': {start:#x}" in (reason := await refused(handoffs, offer)) or (
-        missing == "second half" and f"to {mapping.address + mapping.length:#x} is not" in reason
+    address = offer.ram["address"]
+    unmapped = ctypes.c_void_p(address + first_unmapped * PAGE)
+    assert ctypes.CDLL(None).munmap(unmapped, ctypes.c_size_t(8 * PAGE)) == 0
+    page = address + tried * PAGE
+    assert f"block 'pc.ram': {page:#x} to {page + PAGE:#x} is not mapped" in await refused(
+        handoffs, offer
     )
 
 
@@ -198,9 +200,9 @@ async def test_a_huge_page_block_that_says_it_has_small_pages(
     huge_pages(1)
     with (
         Offer(FEATURES | Feature.MISSING_HUGETLBFS) as offer,
-        map_huge(1) as address,
+        closing(Block.anonymous("huge", HUGE, HUGE)) as block,
     ):
-        offer.ram.update(address=address, length=HUGE)
+        offer.ram.update(address=block.address, length=HUGE)
         assert "is not mapped with pages of 4096 bytes" in await refused(handoffs, offer)
         offer.ram.update(page_size=HUGE)
         with RawPeer(handoffs.path) as peer:
@@ -245,9 +247,7 @@ async def test_a_memory_file_that_is_right(handoffs: Handoffs, file_offer: Offer
 async def test_a_memory_file_that_is_too_small(handoffs: Handoffs, file_offer: Offer) -> None:
     file_offer.ram.update(file_offset=2 * PAGE)
     reason = await refused(handoffs, file_offer)
-    assert reason == (
-        "block 'pc.ram' ends at byte 73728 of its memory file, which has only 69632"
-    )
+    assert reason == ("block 'pc.ram' ends at byte 73728 of its memory file, which has only 69632")
 
 
 async def test_an_offset_in_a_memory_file_that_is_no_whole_pages(

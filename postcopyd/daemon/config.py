@@ -1,0 +1,242 @@
+"""Every setting of the daemon, its type, its default and what it may be: all of them are here.
+
+`config/postcopyd.toml` shows each with its default, and postcopyd.toml(5) explains it; the tests
+hold the three together. How a mistake is found and told is in `config_problems.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from postcopyd.daemon.config_problems import (
+    Check,
+    ConfigurationError,
+    Lines,
+    Problem,
+    find_problems,
+    line_of_syntax_error,
+)
+from postcopyd.daemon.sockets import UNIX_PATH_LIMIT, check_listen
+from postcopyd.incoming.settings import Settings
+from postcopyd.vmm.peer import AllowedPeers
+
+DEFAULT_PATH: Final = Path("/etc/postcopyd/postcopyd.toml")
+DEFAULT_CONTROL: Final = "/run/postcopyd/control.sock"
+
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+NAME_RULE: Final = "1 to 64 of the letters A-Z and a-z, digits, '.', '_' and '-'"
+
+_ENGINE: Final = Settings()
+
+
+def check_name(name: str) -> None:
+    """Check the name of a migration.
+
+    :raise ValueError: if it is not legal.
+    """
+    if not _NAME.match(name):
+        raise ValueError(f"{name!r} is not a name for a migration, which is {NAME_RULE}")
+
+
+def _check_path(path: str) -> None:
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is not an absolute path")
+    if len(path.encode(errors="surrogateescape")) > UNIX_PATH_LIMIT:
+        raise ValueError(f"{path!r} is too long: at most {UNIX_PATH_LIMIT} bytes fit")
+
+
+def _unless_empty(check: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda text: check(text) if text else None
+
+
+def _check_users(users: tuple[str, ...]) -> None:
+    AllowedPeers(users)
+
+
+def _check_group(group: str) -> None:
+    AllowedPeers((), (group,))
+
+
+_Name = Annotated[
+    str, Meta(description='the name of a migration in quotes, such as "vm0"'), Check(check_name)
+]
+_SocketPath = Annotated[
+    str, Meta(description="the path of a Unix socket in quotes"), Check(_check_path)
+]
+_OptionalSocketPath = Annotated[
+    str,
+    Meta(description="the path of a Unix socket in quotes"),
+    Check(_unless_empty(_check_path)),
+]
+_Mode = Annotated[
+    int, Meta(ge=0, le=0o777, description="the permissions of a file in octal, such as 0o660")
+]
+_Group = Annotated[
+    str, Meta(description="the name of a group in quotes"), Check(_unless_empty(_check_group))
+]
+_Users = Annotated[
+    tuple[str, ...],
+    Meta(description='a list of users, such as ["root", "qemu"]'),
+    Check(_check_users),
+]
+_Listen = Annotated[
+    str,
+    Meta(description='an address in quotes, such as "tcp:127.0.0.1:0"'),
+    Check(check_listen),
+]
+_OptionalListen = Annotated[
+    str,
+    Meta(description='an address in quotes, such as "tcp:127.0.0.1:0"'),
+    Check(_unless_empty(check_listen)),
+]
+_YesNo = Annotated[bool, Meta(description="true or false")]
+_Seconds = Annotated[float, Meta(ge=0.1, le=86400.0, description="seconds, 0.1 to 86400")]
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one daemon takes on."""
+
+    migrations: Annotated[int, Meta(ge=1, le=4096, description="a number from 1 to 4096")] = 64
+    """Migrations at a time, those that have ended not counted."""
+    ended: Annotated[int, Meta(ge=0, le=10000, description="a number from 0 to 10000")] = 100
+    """Migrations that stay listed after their end."""
+    package_mib: Annotated[int, Meta(ge=1, le=1024, description="MiB, 1 to 1024")] = (
+        _ENGINE.package_limit >> 20
+    )
+    """Largest device package that is accepted, MiB."""
+    receive_buffer_kib: Annotated[int, Meta(ge=16, le=65536, description="KiB, 16 to 65536")] = (
+        _ENGINE.receive_buffer >> 10
+    )
+    """What may queue in a stream's socket before a page that a fault waits for, KiB."""
+    descriptors: Annotated[
+        int, Meta(ge=256, le=1 << 20, description="a number from 256 to 1048576")
+    ] = 65536
+    """Descriptors that the daemon may have open."""
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Deadlines, in seconds. None of them applies once the device package has come."""
+
+    vmm: _Seconds = _ENGINE.vmm_timeout
+    """How long a source waits for its VMM."""
+    first_byte: _Seconds = _ENGINE.first_byte_timeout
+    """How long a source that has connected may stay silent."""
+    idle: _Seconds = _ENGINE.idle_timeout
+    """How long a source may stay silent later on."""
+    close: _Seconds = _ENGINE.close_timeout
+    """How long a source has to close its connection when all is done."""
+    handoff: _Seconds = 10.0
+    """How long a VMM that has connected has to send its whole handoff."""
+
+
+class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is logged, and in which form."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description='one of "debug", "info", "warning", "error"'),
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "console", "json", "journal"],
+        Meta(description='one of "auto", "console", "json", "journal"'),
+    ] = "auto"
+
+
+class StaticMigration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A migration that is there from the daemon's start."""
+
+    name: _Name
+    listen: _OptionalListen = ""
+    """Where its source connects; empty for the daemon's own `listen`."""
+    handoff: _OptionalSocketPath = ""
+    """A handoff socket of its own, for a VMM that cannot name its migration; empty for none."""
+
+
+class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole configuration."""
+
+    control: _SocketPath = DEFAULT_CONTROL
+    control_mode: _Mode = 0o660
+    control_group: _Group = ""
+    control_users: _Users = ()
+    handoff: _SocketPath = "/run/postcopyd/handoff.sock"
+    handoff_mode: _Mode = 0o660
+    handoff_group: _Group = ""
+    handoff_users: _Users = ()
+    listen: _Listen = "tcp:127.0.0.1:0"
+    memory_lock: _YesNo = True
+    wait_at_shutdown: _YesNo = True
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    log: Log = Log()
+    migration: tuple[StaticMigration, ...] = ()
+
+    def engine_settings(self) -> Settings:
+        """Return what concerns a single migration."""
+        return Settings(
+            package_limit=self.limits.package_mib << 20,
+            first_byte_timeout=self.timeouts.first_byte,
+            idle_timeout=self.timeouts.idle,
+            vmm_timeout=self.timeouts.vmm,
+            close_timeout=self.timeouts.close,
+            receive_buffer=self.limits.receive_buffer_kib << 10,
+        )
+
+
+def load(path: Path) -> Configuration:
+    """Read a configuration file.
+
+    :raise OSError: if it cannot be read.
+    :raise ConfigurationError: naming every mistake, with its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(str(path), [Problem(None, f"not UTF-8: {error}")]) from None
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Configuration:
+    """Return the configuration that `text` is; `source` names it in errors.
+
+    :raise ConfigurationError: naming every mistake, with its line.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line, what = line_of_syntax_error(error)
+        raise ConfigurationError(source, [Problem(line, f"not TOML: {what}")]) from None
+    lines = Lines(text)
+    problems = find_problems(Configuration, table, lines)
+    if not problems:
+        configuration = msgspec.convert(table, Configuration)
+        problems = _find_duplicates(configuration, lines)
+        if not problems:
+            return configuration
+    raise ConfigurationError(source, problems)
+
+
+def _find_duplicates(configuration: Configuration, lines: Lines) -> list[Problem]:
+    problems = []
+    names: set[str] = set()
+    paths = {configuration.control}
+    if configuration.handoff in paths:
+        problems.append(Problem(lines.of(("handoff",)), "handoff is the control socket's path"))
+    paths.add(configuration.handoff)
+    for number, entry in enumerate(configuration.migration):
+        if entry.name in names:
+            line = lines.of(("migration", number, "name"))
+            problems.append(Problem(line, f"there are two migrations named {entry.name!r}"))
+        if entry.handoff and entry.handoff in paths:
+            line = lines.of(("migration", number, "handoff"))
+            problems.append(Problem(line, f"{entry.handoff!r} is the path of another socket"))
+        names.add(entry.name)
+        paths.add(entry.handoff)
+    return problems

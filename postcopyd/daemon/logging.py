@@ -1,0 +1,189 @@
+"""Where log events go: the journal with fields of their own, a terminal, or JSON lines.
+
+Events are made with structlog: a short sentence, and what belongs to it as fields. `migration` is
+the field that says which one an event is about, `message_id` marks the events that a program may
+look for (`events.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, Final, Literal, TextIO
+
+import msgspec
+import structlog
+
+from postcopyd.daemon import journal
+
+Format = Literal["auto", "console", "json", "journal"]
+
+LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+# syslog(3); journald's PRIORITY.
+_PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+_IDENTIFIER: Final = "postcopyd"
+# What a console shows as fields nobody on it has a use for.
+_ONLY_FOR_JOURNAL: Final = ("message_id", "code_file", "code_line", "code_func")
+
+
+def configure(
+    level: str, format: Format, *, stream: TextIO | None = None, journal_path: str | None = None
+) -> None:
+    """Send log events from here on where the configuration says.
+
+    What libraries log through `logging` from warnings on takes the same way.
+
+    :param level: one of `LEVELS`.
+    :param stream: for console and JSON; None for standard error.
+    :param journal_path: journald's socket; None for where it always is.
+    :raise OSError: if the journal is asked for and there is no journald.
+    """
+    stream = stream or sys.stderr
+    if format == "auto":
+        to_journal = journal.is_journal(stream, os.environ.get("JOURNAL_STREAM", ""))
+        format = "journal" if to_journal else "console"
+    processors: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        _add_caller,
+        structlog.processors.format_exc_info,
+    ]
+    if format == "journal":
+        connection = journal.Journal(journal_path or journal.DEFAULT_PATH)
+        processors.append(_JournalRenderer(connection))
+        factory: Any = _JournalLoggerFactory(connection)
+    else:
+        processors += [_drop_journal_fields, structlog.processors.TimeStamper("iso", utc=True)]
+        processors += _json() if format == "json" else _console(stream)
+        factory = structlog.WriteLoggerFactory(stream)
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=factory,
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    root.handlers = [_FromLibraries(logging.WARNING)]
+    root.setLevel(logging.WARNING)
+
+
+def get_logger() -> structlog.typing.FilteringBoundLogger:
+    """Return a logger of the configuration that is in force when it is first used."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger
+
+
+class _FromLibraries(logging.Handler):
+    """Makes a log event of what a library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = get_logger().error if record.levelno >= logging.ERROR else get_logger().warning
+        log(record.getMessage(), logger=record.name, exc_info=record.exc_info)
+
+
+# -- processors ------------------------------------------------------------------------------
+
+
+def _add_caller(
+    logger: object, method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Add which line of ours speaks: journald's CODE_FILE, CODE_LINE and CODE_FUNC."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__", "").partition(".")[0] in ("structlog", "logging")
+        or frame.f_globals.get("__name__") == __name__
+    ):
+        frame = frame.f_back
+    event["code_file"] = frame.f_code.co_filename
+    event["code_line"] = frame.f_lineno
+    event["code_func"] = frame.f_code.co_name
+    return event
+
+
+def _drop_journal_fields(
+    logger: object, method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    for name in _ONLY_FOR_JOURNAL:
+        event.pop(name, None)
+    return event
+
+
+def _console(stream: TextIO) -> list[structlog.typing.Processor]:
+    return [
+        structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+        ),
+        _end_line,
+    ]
+
+
+def _json() -> list[structlog.typing.Processor]:
+    def encode(event: Mapping[str, Any], **_: object) -> str:
+        return msgspec.json.encode(event, enc_hook=str).decode()
+
+    return [structlog.processors.JSONRenderer(encode), _end_line]
+
+
+def _end_line(logger: object, method: str, rendered: Any) -> Any:
+    return f"{rendered}\n"
+
+
+# -- the journal -----------------------------------------------------------------------------
+
+
+class _JournalRenderer:
+    """Makes journal fields of an event."""
+
+    def __init__(self, connection: journal.Journal) -> None:
+        self._journal = connection
+
+    def __call__(
+        self, logger: object, method: str, event: MutableMapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._journal.lost:
+            event["entries_lost_before"], self._journal.lost = self._journal.lost, 0
+        return (list(_journal_fields(event)),), {}
+
+
+def _journal_fields(event: MutableMapping[str, Any]) -> Iterator[tuple[str, str]]:
+    level = event.pop("level")
+    message = str(event.pop("event"))
+    exception = event.pop("exception", None)
+    yield "PRIORITY", str(_PRIORITIES[level])
+    yield "SYSLOG_IDENTIFIER", _IDENTIFIER
+    for name in _ONLY_FOR_JOURNAL:
+        if name in event:
+            yield name.upper(), str(event.pop(name))
+    details = []
+    for name, value in event.items():
+        yield journal.field_name(f"postcopyd_{name}"), str(value)
+        details.append(f"{name}={value}")
+    text = f"{message} ({', '.join(details)})" if details else message
+    yield "MESSAGE", text if exception is None else f"{text}\n{exception}"
+
+
+class _JournalLogger:
+    """What structlog calls at the end: every level does the same."""
+
+    def __init__(self, connection: journal.Journal) -> None:
+        self._journal = connection
+
+    def msg(self, fields: list[tuple[str, str]]) -> None:
+        self._journal.send(fields)
+
+    debug = info = warning = error = critical = exception = msg
+
+
+class _JournalLoggerFactory:
+    def __init__(self, connection: journal.Journal) -> None:
+        self._logger = _JournalLogger(connection)
+
+    def __call__(self, *_: object) -> _JournalLogger:
+        return self._logger

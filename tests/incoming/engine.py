@@ -1,0 +1,251 @@
+"""One migration in this process: the real engine, real memory, and a source under the test's hand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from postcopyd.incoming import events
+from postcopyd.incoming.migration import IncomingMigration
+from postcopyd.incoming.settings import Settings
+from postcopyd.incoming.states import State
+from postcopyd.incoming.vmm import GuestMemory, VmmFailure
+from postcopyd.wire import stream_writer
+from postcopyd.wire.messages import BlockEntry
+from postcopyd.wire.return_path import PageRequest, Pong, ReturnMessage, ReturnPathReader, Shut
+from tests.incoming.guest import LIMIT, PAGE, Guest
+
+SECTION = 2
+DEVICE_STATE = stream_writer.device_section(7, "timer", b"\0" * 24)
+
+
+def image(pages: int, page_size: int = PAGE, seed: int = 1) -> bytes:
+    """Content in which every fifth target page is zero and no two others are alike."""
+    numbers = random.Random(seed)
+    target_pages = pages * page_size // PAGE
+    return b"".join(
+        bytes(PAGE) if place % 5 == 4 else numbers.randbytes(PAGE) for place in range(target_pages)
+    )
+
+
+class InProcessVmm:
+    """A VMM of the engine's own process: what it was told is in `told`, in order."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.told: list[str] = []
+        self.device_state: bytes | None = None
+        self.process_id = os.getpid()
+        self.description = "the test"
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+        self.dead = asyncio.Event()
+        self.refuses = ""
+        self.closed = False
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.guest.memory
+
+    async def advise(self) -> None:
+        self._say("advise")
+
+    async def discard(self) -> None:
+        self._say("discard")
+
+    def listening(self) -> None:
+        self._say("listening")
+
+    async def run(self, device_state: bytes) -> None:
+        self._say("run")
+        self.device_state = device_state
+        await self.may_load.wait()
+
+    def complete(self) -> None:
+        self._say("complete")
+
+    def failed(self, reason: str) -> None:
+        self._say("failed")
+
+    async def gone(self) -> None:
+        await self.dead.wait()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _say(self, what: str) -> None:
+        self.told.append(what)
+        if what == self.refuses:
+            raise VmmFailure(f"{what} was refused")
+
+
+@dataclass
+class Source:
+    """The source's end of the connection; writes what the test says, reads the return path."""
+
+    connection: socket.socket
+    blocks: list[BlockEntry]
+    writer: stream_writer.StreamWriter = field(
+        default_factory=lambda: stream_writer.StreamWriter(SECTION)
+    )
+    messages: list[ReturnMessage] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = ReturnPathReader(self.blocks)
+
+    async def send(self, *parts: bytes) -> None:
+        async with asyncio.timeout(LIMIT):
+            await asyncio.get_running_loop().sock_sendall(self.connection, b"".join(parts))
+
+    async def advise(self) -> None:
+        sizes = 0
+        for block in self.blocks:
+            sizes |= block.page_size
+        await self.send(
+            stream_writer.configuration("pc-q35-7.2"),
+            stream_writer.open_return_path(),
+            stream_writer.ping(1),
+            stream_writer.advise(sizes, PAGE),
+            self.writer.ram_start(self.blocks),
+        )
+
+    async def precopy(
+        self, name: str, content: bytes | bytearray, offsets: list[int] | range
+    ) -> None:
+        await self.send(
+            self.writer.ram_part(), self.pages(name, content, offsets), self.writer.ram_footer()
+        )
+
+    def pages(self, name: str, content: bytes | bytearray, offsets: list[int] | range) -> bytes:
+        """Records for these offsets of `content`; zero pages as zero pages."""
+        parts = []
+        for offset in offsets:
+            payload = content[offset : offset + PAGE]
+            if any(payload):
+                parts += [self.writer.page(name, offset), payload]
+            else:
+                parts.append(self.writer.zero_page(name, offset))
+        return b"".join(parts)
+
+    async def switch_over(
+        self, discards: dict[str, list[tuple[int, int]]], state: bytes = DEVICE_STATE
+    ) -> None:
+        commands = [stream_writer.discard(name, ranges) for name, ranges in discards.items()]
+        self.writer.forget_block()
+        await self.send(
+            *commands,
+            stream_writer.ping(2),
+            stream_writer.package(state),
+            stream_writer.ping(4),
+        )
+
+    async def postcopy(
+        self, name: str, content: bytes | bytearray, offsets: list[int] | range
+    ) -> None:
+        await self.precopy(name, content, offsets)
+
+    async def end(self) -> None:
+        await self.send(
+            self.writer.ram_end(), self.writer.ram_footer(), stream_writer.END_OF_STREAM
+        )
+
+    async def wait_for(self, wanted: Callable[[ReturnMessage], bool]) -> ReturnMessage:
+        """Return the first message that is `wanted`, of those that came and those to come."""
+        looked_at = 0
+        async with asyncio.timeout(LIMIT):
+            while True:
+                while looked_at < len(self.messages):
+                    message = self.messages[looked_at]
+                    looked_at += 1
+                    if wanted(message):
+                        return message
+                data = await asyncio.get_running_loop().sock_recv(self.connection, 65536)
+                assert data, f"the destination closed; it had said {self.messages}"
+                self.messages += self._reader.feed(data)
+
+    async def wait_for_request(self) -> PageRequest:
+        """Return the next request for a page; it counts as taken."""
+        message = await self.wait_for(lambda message: isinstance(message, PageRequest))
+        assert isinstance(message, PageRequest)
+        self.messages.remove(message)
+        return message
+
+    async def wait_for_pong(self, value: int) -> None:
+        await self.wait_for(lambda message: message == Pong(value))
+
+    async def wait_for_shut(self) -> Shut:
+        message = await self.wait_for(lambda message: isinstance(message, Shut))
+        assert isinstance(message, Shut)
+        return message
+
+    async def wait_for_close(self) -> bytes:
+        """Return what came before the destination closed."""
+        received = b""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(LIMIT):
+            try:
+                while data := await loop.sock_recv(self.connection, 65536):
+                    received += data
+            except ConnectionResetError:
+                pass
+        return received
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class Engine:
+    """A migration, its VMM and its source."""
+
+    def __init__(self, guest: Guest, settings: Settings | None = None) -> None:
+        self.guest = guest
+        self.events: list[events.Event] = []
+        self._stepped = asyncio.Event()
+        self.migration = IncomingMigration("vm0", settings or Settings(), self._trace)
+        self.vmm = InProcessVmm(guest)
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._ours = ours
+        self.source = Source(theirs, [BlockEntry(guest.name, guest.length, guest.page_size)])
+
+    def _trace(self, event: events.Event) -> None:
+        self.events.append(event)
+        self._stepped.set()
+
+    def attach(self) -> None:
+        self.migration.attach_vmm(self.vmm)
+        self.attach_stream()
+
+    def attach_stream(self) -> None:
+        self.migration.attach_stream(self._ours, "the test")
+
+    async def reach(self, state: State) -> None:
+        """Return when the migration is in `state`."""
+        async with asyncio.timeout(LIMIT):
+            while self.migration.state is not state:
+                assert not self.migration.state.ended, self.migration.failure
+                self._stepped.clear()
+                await self._stepped.wait()
+
+    async def finish(self) -> None:
+        """Return when it has ended and let go of everything."""
+        async with asyncio.timeout(LIMIT):
+            await self.migration.wait()
+
+    @property
+    def failures(self) -> list[events.Event]:
+        kinds = (events.Failed, events.Paused)
+        return [event for event in self.events if isinstance(event, kinds)]
+
+    async def close(self) -> None:
+        self.source.close()
+        if not self.migration.state.ended:
+            self.migration.cancel("the test is over", force=True)
+        await self.finish()
+        if self.migration.peer is None:
+            self._ours.close()
+        self.guest.close()
