@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import mmap
+import os
 import random
 import sys
 import threading
@@ -80,7 +81,7 @@ def main() -> int:
     results = [Walk() for _ in range(_WALKERS)]
     with Destination(handoff, name, blocks) as destination:
         say(listen=destination.listen)
-        destination.wait_for_device_state()
+        device_state = destination.wait_for_device_state()
         walkers = [
             threading.Thread(target=walk, args=(pages[place::_WALKERS], results[place]))
             for place in range(_WALKERS)
@@ -93,8 +94,7 @@ def main() -> int:
         except MigrationFailed as error:
             # The walkers hang on missing memory, as they should: nothing could end them.
             say(failed=str(error))
-            sys.stdout.flush()
-            return 1
+            os._exit(1)
         for walker in walkers:
             walker.join()
         waits = Histogram()
@@ -105,12 +105,8 @@ def main() -> int:
             checked=sum(result.checked for result in results),
             wrong=wrong,
             waits=asdict(LatencyReport.of(waits)),
-            sha256={
-                block.name: hashlib.sha256(
-                    ctypes.string_at(block.address, block.length)
-                ).hexdigest()
-                for block in blocks
-            },
+            device_state=hashlib.sha256(device_state).hexdigest(),
+            sha256={block.name: hashlib.sha256(block.view).hexdigest() for block in blocks},
         )
     return 1 if wrong else 0
 

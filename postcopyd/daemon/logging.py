@@ -2,7 +2,7 @@
 
 Events are made with structlog: a short sentence, and what belongs to it as fields. `migration` is
 the field that says which one an event is about, `message_id` marks the events that a program may
-look for (`events.py`).
+look for (`event_log.py`).
 """
 
 from __future__ import annotations

@@ -13,16 +13,61 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import platform
 import re
 import struct
 from collections.abc import Iterable
-from enum import IntFlag
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from postcopyd.kernel.system_calls import failure, system_call
+from postcopyd.kernel.system_calls import failure
+from postcopyd.kernel.userfaultfd_abi import (
+    CHANGING,
+    EVENT_FORK,
+    EVENT_PAGEFAULT,
+    EVENT_REMAP,
+    EVENT_REMOVE,
+    EVENT_UNMAP,
+    GONE,
+    MODE_ALLOW_HOLES,
+    MODE_DONT_WAKE,
+    MODE_WRITE_PROTECT,
+    NO_MEMORY,
+    PAGEFAULT_MINOR,
+    PAGEFAULT_WRITE,
+    PAGEFAULT_WRITE_PROTECT,
+    PRESENT,
+    Feature,
+    Operation,
+    RegisterMode,
+)
+from postcopyd.kernel.userfaultfd_open import UserfaultfdUnavailable, open_userfaultfd
+
+__all__ = [
+    "CHANGING",
+    "EVENT_FORK",
+    "EVENT_PAGEFAULT",
+    "EVENT_REMAP",
+    "EVENT_REMOVE",
+    "EVENT_UNMAP",
+    "GONE",
+    "MODE_ALLOW_HOLES",
+    "MODE_DONT_WAKE",
+    "MODE_WRITE_PROTECT",
+    "NO_MEMORY",
+    "PAGEFAULT_MINOR",
+    "PAGEFAULT_WRITE",
+    "PAGEFAULT_WRITE_PROTECT",
+    "PRESENT",
+    "Feature",
+    "Operation",
+    "RegisterMode",
+    "Userfaultfd",
+    "UserfaultfdUnavailable",
+    "UserfaultfdUnsupported",
+    "features_of",
+    "is_userfaultfd",
+]
 
 _API = 0xAA
 _IOC_API = 0xC018AA3F
@@ -36,41 +81,6 @@ _IOC_WRITEPROTECT = 0xC018AA06
 _IOC_CONTINUE = 0xC020AA07
 _IOC_POISON = 0xC020AA08
 
-_SYSTEM_CALL = {"x86_64": 323, "aarch64": 282}
-_USER_MODE_ONLY = 1
-_DEVICE = "/dev/userfaultfd"
-_DEVICE_IOC_NEW = 0xAA00
-
-EVENT_PAGEFAULT = 0x12
-EVENT_FORK = 0x13
-EVENT_REMAP = 0x14
-EVENT_REMOVE = 0x15
-EVENT_UNMAP = 0x16
-
-PAGEFAULT_WRITE = 1
-"""Flag of a page fault: it was a write."""
-PAGEFAULT_WRITE_PROTECT = 2
-"""Flag of a page fault: the page is there, but write-protected."""
-PAGEFAULT_MINOR = 4
-"""Flag of a page fault: the page is in the memory file, but not mapped."""
-
-MODE_DONT_WAKE = 1
-"""Of every placing operation: leave who waits for the page waiting."""
-MODE_WRITE_PROTECT = 2
-"""Of copy and continue: map the page write-protected."""
-MODE_ALLOW_HOLES = 2
-"""Of move: what is missing in the source is not an error."""
-
-PRESENT = -errno.EEXIST
-"""The page is there already, and stays as it is."""
-CHANGING = -errno.EAGAIN
-"""The memory's layout is changing: an event of this userfaultfd is unread, or a fork goes on."""
-GONE = (-errno.ENOENT, -errno.ESRCH)
-"""The range is not mapped or not registered (any more); the process has exited."""
-NO_MEMORY = (-errno.ENOMEM, -errno.ENOSPC)
-"""No page to be had: memory, a limit of a control group or of a tmpfs, the pool of huge pages.
-
-Linux 6.18 does not say so of huge pages of which none is free: it says `PRESENT` instead."""
 _VALUES = frozenset({PRESENT, CHANGING, *GONE, *NO_MEMORY})
 
 _MESSAGE_SIZE = 32
@@ -80,88 +90,6 @@ _MESSAGES_A_READ = 64
 _ioctl = fcntl.ioctl
 _unpack_message = struct.Struct("B7xQQQ").unpack_from
 _iterate_messages = struct.Struct("B7xQQQ").iter_unpack
-
-
-class Feature(IntFlag):
-    """What a userfaultfd can do beyond missing anonymous pages (UFFD_FEATURE_*)."""
-
-    PAGEFAULT_FLAG_WP = 1 << 0
-    EVENT_FORK = 1 << 1
-    EVENT_REMAP = 1 << 2
-    EVENT_REMOVE = 1 << 3
-    MISSING_HUGETLBFS = 1 << 4
-    MISSING_SHMEM = 1 << 5
-    EVENT_UNMAP = 1 << 6
-    SIGBUS = 1 << 7
-    THREAD_ID = 1 << 8
-    MINOR_HUGETLBFS = 1 << 9
-    MINOR_SHMEM = 1 << 10
-    EXACT_ADDRESS = 1 << 11
-    WP_HUGETLBFS_SHMEM = 1 << 12
-    WP_UNPOPULATED = 1 << 13
-    POISON = 1 << 14
-    WP_ASYNC = 1 << 15
-    MOVE = 1 << 16
-
-    @property
-    def since(self) -> str:
-        """The first Linux, on x86-64, that has all of these features, such as ``6.8``."""
-        versions = [version for bits, version in _SINCE if self & bits]
-        return versions[-1] if versions else "4.3"
-
-
-# In the order of the releases.
-_SINCE = (
-    (
-        Feature.EVENT_FORK
-        | Feature.EVENT_REMAP
-        | Feature.EVENT_REMOVE
-        | Feature.EVENT_UNMAP
-        | Feature.MISSING_HUGETLBFS
-        | Feature.MISSING_SHMEM,
-        "4.11",
-    ),
-    (Feature.SIGBUS | Feature.THREAD_ID, "4.14"),
-    (Feature.PAGEFAULT_FLAG_WP, "5.7"),
-    (Feature.MINOR_HUGETLBFS, "5.13"),
-    (Feature.MINOR_SHMEM, "5.14"),
-    (Feature.EXACT_ADDRESS, "5.18"),
-    (Feature.WP_HUGETLBFS_SHMEM, "5.19"),
-    (Feature.WP_UNPOPULATED, "6.4"),
-    (Feature.POISON, "6.6"),
-    (Feature.WP_ASYNC, "6.7"),
-    (Feature.MOVE, "6.8"),
-)
-
-
-class RegisterMode(IntFlag):
-    """What a registered range reports (UFFDIO_REGISTER_MODE_*)."""
-
-    MISSING = 1
-    WRITE_PROTECT = 2
-    MINOR = 4
-
-
-class Operation(IntFlag):
-    """Bits of the mask of ioctls that REGISTER gives back."""
-
-    REGISTER = 1 << 0x00
-    UNREGISTER = 1 << 0x01
-    WAKE = 1 << 0x02
-    COPY = 1 << 0x03
-    ZEROPAGE = 1 << 0x04
-    MOVE = 1 << 0x05
-    WRITEPROTECT = 1 << 0x06
-    CONTINUE = 1 << 0x07
-    POISON = 1 << 0x08
-    API = 1 << 0x3F
-
-
-class UserfaultfdUnavailable(OSError):
-    """No userfaultfd can be had; the text names the ways that were tried and what to do.
-
-    Its errno is that of the system call.
-    """
 
 
 class UserfaultfdUnsupported(OSError):
@@ -198,20 +126,7 @@ class Userfaultfd:
             (a read(2) into missing memory, KVM) fails instead of waiting. Since Linux 5.11.
         :raise UserfaultfdUnavailable: if neither way is open to us.
         """
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | (_USER_MODE_ONLY if user_mode_only else 0)
-        try:
-            return cls(_open_by_system_call(flags))
-        except OSError as error:
-            by_system_call = error
-        try:
-            return cls(_open_by_device(flags))
-        except OSError as error:
-            code = by_system_call.errno or errno.EPERM
-            raise UserfaultfdUnavailable(
-                code,
-                f"no userfaultfd: userfaultfd(2): {os.strerror(code)}; "
-                f"{_DEVICE}: {error.strerror}. {_what_to_do(code, user_mode_only)}",
-            ) from by_system_call
+        return cls(open_userfaultfd(user_mode_only))
 
     @staticmethod
     def offered() -> Feature:
@@ -438,7 +353,7 @@ class Userfaultfd:
         except BlockingIOError:
             return ()
         if length == _MESSAGE_SIZE:
-            return (_unpack_message(self._messages),)  # type: ignore[return-value]
+            return (_unpack_message(self._messages),)
         return _iterate_messages(self._messages[:length])
 
 
@@ -460,44 +375,12 @@ def _failed(attempt: str, error: OSError) -> OSError:
     return failure(attempt, error.errno or errno.EIO)
 
 
-def _open_by_system_call(flags: int) -> int:
-    number = _SYSTEM_CALL.get(platform.machine())
-    if number is None:
-        raise failure(f"userfaultfd(2) on {platform.machine()}", errno.ENOSYS)
-    return system_call("userfaultfd(2)", number, flags)
-
-
-def _open_by_device(flags: int) -> int:
-    device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return _ioctl(device, _DEVICE_IOC_NEW, flags)
-    finally:
-        os.close(device)
-
-
-def _what_to_do(code: int, user_mode_only: bool) -> str:
-    """Return the remedy for a system call that has failed with `code`."""
-    if code == errno.ENOSYS:
-        return "This kernel is built without CONFIG_USERFAULTFD: use one that has it"
-    if code in (errno.EMFILE, errno.ENFILE):
-        return "Raise the limit of open files (RLIMIT_NOFILE)"
-    if user_mode_only:
-        return (
-            "A seccomp filter forbids it, or the kernel is older than 5.11: "
-            "allow userfaultfd in the filter of the container or service"
-        )
-    return (
-        f"Run as root, give this user access to {_DEVICE}, or set "
-        "sysctl vm.unprivileged_userfaultfd=1"
-    )
-
-
 def is_userfaultfd(descriptor: int) -> bool:
     """Tell by its link in /proc whether a descriptor of this process is a userfaultfd.
 
     :raise FileNotFoundError: if it is not open.
     """
-    return os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:[userfaultfd]"
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "anon_inode:[userfaultfd]"
 
 
 def features_of(descriptor: int, pid: int | None = None) -> Feature | None:

@@ -15,12 +15,18 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from bitarray import bitarray
 
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.names import encode_name
 from postcopyd.wire.stream_format import SMALLEST_HOST_PAGE, TARGET_PAGE_SIZE
+
+CHUNK_BYTES: Final = 128 << 10
+"""Memory that is looked at in one go: between two such the event loop gets its turn."""
+# A comparison of a bytearray with a view is one memcmp; of a view with a view it is a slow loop.
+ZERO_PAGE: Final = bytearray(TARGET_PAGE_SIZE)
 
 
 class ImageError(ValueError):

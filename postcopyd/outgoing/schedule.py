@@ -32,12 +32,14 @@ class SendSchedule:
     to touch its neighbours. It wraps around at the end of the last block.
     """
 
-    def __init__(self, dirty: Sequence[bitarray]) -> None:
+    def __init__(self, dirty: Sequence[bitarray], page_sizes: Sequence[int]) -> None:
         """Send the pages whose bits are 1.
 
         :param dirty: one bitarray a block, one bit a host page; they are taken over.
+        :param page_sizes: bytes of a host page, for each block.
         """
         self._dirty = list(dirty)
+        self._page_sizes = list(page_sizes)
         self._asked = [bitarray(len(pages)) for pages in dirty]
         self._requests: deque[Run] = deque()
         self._scan_block = 0
@@ -76,8 +78,11 @@ class SendSchedule:
             self._requests.popleft()
         return None
 
-    def take_scanned(self, limit: int) -> Run | None:
-        """Hand out up to `limit` neighbouring host pages of the scan, None when none remains."""
+    def take_scanned(self, size: int) -> Run | None:
+        """Hand out the next host pages of the scan, None when none remains.
+
+        :param size: take one host page, and its neighbours up to so many bytes.
+        """
         if not self.remaining:
             return None
         block, page = self._scan_block, self._scan_page
@@ -85,7 +90,7 @@ class SendSchedule:
             block = (block + 1) % len(self._dirty)
             page = 0
         dirty = self._dirty[block]
-        end = min(first + limit, len(dirty))
+        end = min(first + max(size // self._page_sizes[block], 1), len(dirty))
         clean = dirty.find(0, first, end)
         return self._take(block, first, (clean if clean >= 0 else end) - first)
 

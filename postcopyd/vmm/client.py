@@ -256,11 +256,11 @@ class Destination:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._descriptors.extend(array.array("i", content))
         if not data:
-            self._fail("postcopyd closed the connection before all memory had come")
+            self._failure = "postcopyd closed the connection before all memory had come"
         try:
             self._events.extend(self._reader.feed(data))
-        except ProtocolError as error:
-            self._fail(f"postcopyd sent what is no event: {error}")
+        except ProtocolError as error:  # what came before it is in the queue and comes first
+            self._failure = f"postcopyd sent what is no event: {error}"
 
     def _serve(self, event: wire.Event) -> None:
         """Do what `event` asks, answer if it asks for an answer."""

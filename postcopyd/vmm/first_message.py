@@ -73,7 +73,7 @@ class FirstMessage:
             self._reader = RegionsReader() if data.startswith(b"[") else handoff_reader()
         if isinstance(self._reader, RegionsReader):
             return self._reader.feed(data)
-        lines = self._reader.feed(data)
+        lines = list(self._reader.feed(data))
         if not lines:
             return None
         if len(lines) > 1 or self._reader.pending:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from postcopyd.incoming.vmm import GuestMemory, HandedBlock
 from postcopyd.kernel.userfaultfd import Userfaultfd
@@ -126,42 +127,44 @@ class HandoffListener:
             )
             return
         connection.setblocking(False)
-        task = self._loop.create_task(self._answer(connection))
+        resources = ExitStack()
+        resources.callback(connection.close)
+        task = self._loop.create_task(self._answer(connection, resources))
         self._unanswered.add(task)
-        task.add_done_callback(self._answered)
+        task.add_done_callback(partial(self._answered, connection, resources))
         if len(self._unanswered) >= _MOST_UNANSWERED:
             self._stop_accepting()
 
-    def _answered(self, task: asyncio.Task[None]) -> None:
+    def _answered(
+        self, connection: socket.socket, resources: ExitStack, task: asyncio.Task[None]
+    ) -> None:
+        """Clean up, also behind a task that was cancelled before it began."""
         self._unanswered.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if task.cancelled():
+            _tell(connection, _STOPPED)
+        elif (error := task.exception()) is not None:
             self._loop.call_exception_handler(
                 {"message": "a handoff could not be answered", "exception": error}
             )
+        resources.close()
         if self._pause is None:
             self._accept_again()
 
     # -- one connection ----------------------------------------------------------------------
 
-    async def _answer(self, connection: socket.socket) -> None:
-        with ExitStack() as resources:
-            resources.callback(connection.close)
-            peer = peer_of(connection)
-            message = FirstMessage(connection)
-            resources.callback(message.close)
-            try:
-                content, vmm = await self._accept_memory(message, peer, resources)
-            except (HandoffRefused, OSError) as error:
-                reason = _reason(error)
-                if not message.of_firecracker:
-                    _tell(connection, reason)
-                self._on_refused(peer, reason)
-                return
-            except asyncio.CancelledError:
-                _tell(connection, _STOPPED)
-                raise
-        await self._offer(content, vmm, peer)
+    async def _answer(self, connection: socket.socket, resources: ExitStack) -> None:
+        peer = peer_of(connection)
+        message = FirstMessage(connection)
+        resources.callback(message.close)
+        try:
+            content, vmm = await self._accept_memory(message, peer, resources)
+        except (HandoffRefused, OSError) as error:
+            reason = _reason(error)
+            if not message.of_firecracker:
+                _tell(connection, reason)
+            self._on_refused(peer, reason)
+        else:
+            await self._offer(content, vmm, peer)
 
     async def _accept_memory(
         self, message: FirstMessage, peer: Peer, resources: ExitStack

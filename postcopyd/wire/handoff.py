@@ -23,6 +23,7 @@ Here are only the lines; the descriptors travel beside them (SCM_RIGHTS).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import msgspec
@@ -184,18 +185,16 @@ class LineReader(Generic[_Message]):
         """Bytes received of a line that is not complete."""
         return len(self._line)
 
-    def feed(self, data: bytes) -> list[_Message]:
-        """Take the next bytes; return the messages that they complete.
+    def feed(self, data: bytes) -> Iterator[_Message]:
+        """Take the next bytes; give the messages that they complete. To be iterated to its end.
 
-        :raise ProtocolError: if a line is too long or no message of the kind. The reader is of
-            no use after it.
+        :raise ProtocolError: after the messages before it, if a line is too long or no message of
+            the kind. The reader is of no use from there on.
         """
-        messages = []
         *ends, rest = data.split(b"\n")
         for end in ends:
-            messages.append(self._decode(end))
+            yield self._decode(end)
         self._take(rest)
-        return messages
 
     def _take(self, data: bytes) -> None:
         self._line += data

@@ -82,8 +82,8 @@ class PageScatter:
     def received(self, count: int, block: BlockEntry, messages: list[Message]) -> tuple[int, bool]:
         """Take `count` bytes and append the pages that they complete to `messages`.
 
-        :return: how many bytes that consumed, and whether the guess still holds. If not, what is
-            left (`rest`) begins with another record.
+        :return: how many pages those are, and whether the guess still holds. If not, what is left
+            (`rest`) begins with another record.
         """
         self._filled += count
         whole, partial = divmod(self._filled, self._unit)
@@ -96,7 +96,7 @@ class PageScatter:
         if whole:
             self._append(words[:whole], block.name, messages)
             self._consumed = whole
-        return whole * self._unit, alike == seen
+        return whole, alike == seen
 
     def rest(self) -> bytes:
         """Return the bytes that are not consumed, as they came, and forget them."""

@@ -212,6 +212,8 @@ class RamReader:
         The steps double, so a lone record costs little and a long run little each.
         """
         words = [first]
+        if limit == 1 or _word_at(view, start + length)[0] & self._mask != first & self._mask:
+            return words
         step = 0
         while (left := limit - len(words)) > 0:
             step = min(step, left.bit_length() - 1)

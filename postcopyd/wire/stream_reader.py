@@ -41,6 +41,8 @@ _LINEAR_READ: Final = 64 << 10
 """Most bytes received at once while not only pages come: 9 bytes can be a zero page."""
 _ZEROS_A_PAGE: Final = 4
 """Zero pages that are placed in the time of one page."""
+_SMALLEST_GUESS: Final = 4
+"""Pages that are expected in a row at least, once pages are expected at all."""
 
 
 class StreamReader:
@@ -63,6 +65,7 @@ class StreamReader:
         self._parser = StreamParser(self._buffer, limits or StreamLimits(), resume)
         self._scatter: PageScatter | None = None
         self._scattering = False
+        self._guess = READ_AHEAD_PAGES
         self._failure: ProtocolError | None = None
         self._parser.advance()
 
@@ -84,8 +87,9 @@ class StreamReader:
         """
         if not self._scattering and not (self._parser.at_record and self._begin_scatter()):
             return [self._buffer.space(self._linear_read())]
-        assert self._scatter is not None
-        return self._scatter.buffers(min(max(self.read_ahead_pages, 1), self._scatter.units))
+        scatter = self._scatter
+        assert scatter is not None
+        return scatter.buffers(min(max(self.read_ahead_pages, 1), self._guess, scatter.units))
 
     def received(self, count: int) -> Iterable[Message]:
         """Take `count` bytes, written to where `buffers` said.
@@ -187,9 +191,14 @@ class StreamReader:
         """Take pages; False if something else follows, which then is in the buffer."""
         parser, scatter = self._parser, self._scatter
         assert parser.ram is not None and parser.ram.block is not None and scatter is not None
-        consumed, holds = scatter.received(count, parser.ram.block, parser.messages)
-        self._buffer.base += consumed
-        if not holds:
+        pages, holds = scatter.received(count, parser.ram.block, parser.messages)
+        self._buffer.base += pages * (WORD_LENGTH + parser.target_page_size)
+        if holds:
+            if pages >= self._guess:
+                self._guess = min(2 * pages, READ_AHEAD_PAGES)
+        else:
+            # What follows the mistake is copied, so the next guess is no longer than this run was.
+            self._guess = max(pages, _SMALLEST_GUESS)
             self._buffer.load(scatter.rest())
             self._scattering = False
         return holds

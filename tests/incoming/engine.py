@@ -1,4 +1,4 @@
-"""One migration in this process: the real engine, real memory, and a source under the test's hand."""
+"""One migration in this process: real engine, real memory, a source under the test's hand."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ from postcopyd.incoming import events
 from postcopyd.incoming.migration import Refused
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
+from postcopyd.kernel.userfaultfd import Operation, RegisterMode
 from postcopyd.wire import stream_writer
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.return_path import Shut
 from tests.incoming.engine import DEVICE_STATE, SECTION, Engine, image
-from tests.incoming.guest import PAGE
+from tests.incoming.guest import PAGE, Guest
 
 MakeEngine = Callable[..., Engine]
 CONFIGURATION = stream_writer.configuration("pc-q35-7.2")
@@ -355,8 +356,6 @@ async def test_a_fault_outside_every_block_pauses_and_is_named(make_engine: Make
     await engine.source.send(WHOLE)
     await engine.reach(State.RUNNING)
     # The VMM registers more memory on the same userfaultfd than it told of.
-    from tests.incoming.guest import Guest, Operation, RegisterMode
-
     other = Guest(pages=1, register=False)
     engine.guest.userfaultfd.register(
         other.address, other.length, RegisterMode.MISSING, Operation.COPY

@@ -121,7 +121,7 @@ def test_a_page_that_a_fault_waits_for_ends_the_wait_and_is_timed(
     touch = bench.guest.touch(5)
     bench.guest.wait_for_event()
     bench.waiting[bench.block.address + 5 * PAGE] = 1
-    assert bench.place(range(0, 8))
+    assert bench.place(range(8))
     assert touch.result()[:8] == content(5)
     assert not bench.waiting
     assert (bench.counters.pages_by_fault, bench.counters.pages_by_background) == (1, 7)
@@ -149,7 +149,7 @@ def test_eexist_a_page_that_is_there_is_counted_woken_and_not_overwritten(
     assert bench.received() == [4]
 
 
-@pytest.mark.parametrize("pages", [range(0, 8), [0, 1, 2, 3, 4, 5, 6, 7]], ids=["run", "list"])
+@pytest.mark.parametrize("pages", [range(8), [0, 1, 2, 3, 4, 5, 6, 7]], ids=["run", "list"])
 def test_a_partial_copy_is_resumed_behind_the_page_that_was_there(
     make: Callable[..., Bench], pages: range | list[int]
 ) -> None:
@@ -164,7 +164,7 @@ def test_a_partial_copy_is_resumed_behind_the_page_that_was_there(
         assert bench.guest.touch(page).result()[:8] == content(page)
 
 
-@pytest.mark.parametrize("pages", [range(0, 4), [0, 1, 2, 3]], ids=["run", "list"])
+@pytest.mark.parametrize("pages", [range(4), [0, 1, 2, 3]], ids=["run", "list"])
 def test_eagain_while_a_removal_is_unread_puts_off_and_the_retry_places(
     make: Callable[..., Bench], pages: range | list[int]
 ) -> None:
@@ -189,7 +189,7 @@ def test_a_removed_page_is_never_filled_from_the_source(make: Callable[..., Benc
     bench.placer.any_removed = True
     bench.page_map[0].zero[2] = 1
     bench.page_map[0].received[2] = 1
-    assert bench.place(range(0, 5))
+    assert bench.place(range(5))
     assert bench.counters.pages_removed == 1
     assert bench.counters.pages_by_background == 4
     assert bench.placer.try_zero(bench.block, 2)
@@ -281,7 +281,7 @@ def test_a_huge_page_is_placed_whole_and_zeros_by_a_zero_page(
 
 def test_shared_memory_is_filled_as_private_memory_is(make: Callable[..., Bench]) -> None:
     bench = make(shared=True)
-    assert bench.place(range(0, 20))
+    assert bench.place(range(20))
     assert bench.placer.place_zeros(bench.block, [20 * PAGE])
     assert bench.guest.touch(19).result()[:8] == content(19)
     assert bench.guest.touch(20).result() == bytes(PAGE)

@@ -1,4 +1,4 @@
-"""Staging: what comes before the switchover, in files, not through memory that a VMM could break."""
+"""Staging: what comes before the switchover, written into files, never through a mapping."""
 
 from __future__ import annotations
 

@@ -11,34 +11,48 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from postcopyd.outgoing.schedule import Run, SendSchedule
 
 
+PAGE = 4096
+HUGE = 2 << 20
+
+
+def schedule_of(*dirty: bitarray, page_size: int = PAGE) -> SendSchedule:
+    return SendSchedule(dirty, [page_size] * len(dirty))
+
+
 def all_dirty(*pages: int) -> SendSchedule:
-    return SendSchedule([bitarray("1" * count) for count in pages])
+    return schedule_of(*(bitarray("1" * count) for count in pages))
 
 
 def test_without_requests_all_goes_in_ascending_order() -> None:
     schedule = all_dirty(5, 2)
     assert schedule.take_requested() is None
-    runs = [schedule.take_scanned(3) for _ in range(4)]
+    runs = [schedule.take_scanned(3 * PAGE) for _ in range(4)]
     assert runs == [Run(0, 0, 3), Run(0, 3, 2), Run(1, 0, 2), None]
 
 
 def test_clean_pages_are_never_handed_out() -> None:
-    schedule = SendSchedule([bitarray("0110010")])
-    assert [schedule.take_scanned(64) for _ in range(3)] == [Run(0, 1, 2), Run(0, 5, 1), None]
+    schedule = schedule_of(bitarray("0110010"))
+    assert [schedule.take_scanned(64 * PAGE) for _ in range(3)] == [Run(0, 1, 2), Run(0, 5, 1), None]
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (HUGE, 1), (3 * HUGE + PAGE, 3)])
+def test_a_run_has_as_many_host_pages_as_fit_and_at_least_one(size: int, count: int) -> None:
+    schedule = schedule_of(bitarray("1" * 8), page_size=HUGE)
+    assert schedule.take_scanned(size) == Run(0, 0, count)
 
 
 def test_the_scan_goes_on_behind_the_requested_page_and_wraps() -> None:
     schedule = all_dirty(4, 4)
     assert schedule.request(1, 1)
     assert schedule.take_requested() == Run(1, 1, 1)
-    rest = [schedule.take_scanned(64) for _ in range(4)]
+    rest = [schedule.take_scanned(64 * PAGE) for _ in range(4)]
     assert rest == [Run(1, 2, 2), Run(0, 0, 4), Run(1, 0, 1), None]
 
 
 def test_a_request_alone_does_not_move_the_scan() -> None:
     schedule = all_dirty(8)
     schedule.request(0, 6)
-    assert schedule.take_scanned(2) == Run(0, 0, 2)
+    assert schedule.take_scanned(2 * PAGE) == Run(0, 0, 2)
 
 
 def test_requests_are_answered_in_their_order() -> None:
@@ -55,10 +69,10 @@ def test_requests_are_answered_in_their_order() -> None:
 
 def test_a_request_for_a_page_already_sent_is_ignored_and_does_not_move_the_scan() -> None:
     schedule = all_dirty(8)
-    assert schedule.take_scanned(2) == Run(0, 0, 2)
+    assert schedule.take_scanned(2 * PAGE) == Run(0, 0, 2)
     assert not schedule.request(0, 1)
     assert schedule.take_requested() is None
-    assert schedule.take_scanned(1) == Run(0, 2, 1)
+    assert schedule.take_scanned(1 * PAGE) == Run(0, 2, 1)
 
 
 def test_a_page_requested_twice_is_sent_once() -> None:
@@ -72,13 +86,13 @@ def test_a_page_requested_twice_is_sent_once() -> None:
 def test_a_requested_page_that_the_scan_reached_first_is_sent_once() -> None:
     schedule = all_dirty(2)
     schedule.request(0, 1)
-    assert schedule.take_scanned(2) == Run(0, 0, 2)
+    assert schedule.take_scanned(2 * PAGE) == Run(0, 0, 2)
     assert schedule.take_requested() is None
     assert schedule.remaining == 0
 
 
 def test_a_request_for_many_pages_gives_them_one_by_one() -> None:
-    schedule = SendSchedule([bitarray("1101")])
+    schedule = schedule_of(bitarray("1101"))
     assert schedule.request(0, 0, 4)
     assert [schedule.take_requested() for _ in range(4)] == [
         Run(0, 0, 1),
@@ -109,7 +123,7 @@ class ScheduleMachine(RuleBasedStateMachine):
             if dirty
         }
         self.requested: list[tuple[int, int]] = []
-        self.schedule = SendSchedule([bitarray(block) for block in blocks])
+        self.schedule = schedule_of(*(bitarray(block) for block in blocks))
 
     @rule(data=st.data())
     def request(self, data: st.DataObject) -> None:
@@ -133,7 +147,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 8))
     def take_scanned(self, limit: int) -> None:
-        run = self.schedule.take_scanned(limit)
+        run = self.schedule.take_scanned(limit * PAGE)
         if run is None:
             assert not self.left
             return
@@ -154,7 +168,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         while hasattr(self, "left") and self.left:
             self.take_requested()
-            self.take_scanned(8)
+            self.take_scanned(8 * PAGE)
 
 
 TestEveryDirtyPageIsSentExactlyOnceWhateverTheRequests = ScheduleMachine.TestCase
@@ -183,6 +197,6 @@ def test_a_requested_page_goes_before_any_page_of_the_scan(
         first.append((run.block, run.first))
     assert first == wanted
     sent = len(first)
-    while run := schedule.take_scanned(limit):
+    while run := schedule.take_scanned(limit * PAGE):
         sent += run.count
     assert sent == sum(lengths)

@@ -32,7 +32,7 @@ def block(
 def test_a_block_of_parts_of_pages_is_refused_by_name(
     length: int, page_size: int, address: int, complaint: str
 ) -> None:
-    with pytest.raises(ValueError, match="'pc.ram'") as refusal:
+    with pytest.raises(ValueError, match=r"'pc\.ram'") as refusal:
         RamBlock("pc.ram", length, page_size, address, 0)
     assert complaint in str(refusal.value)
 

@@ -124,7 +124,11 @@ BLOCK_MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]
     "page size that is no power of two": (lambda ram: {"page_size": 12288}, "page size 12288"),
     "page size below the host's": (lambda ram: {"page_size": 2048}, "page size 2048"),
     "page size above that of the mapping": (
-        lambda ram: {"page_size": 2 * PAGE},
+        lambda ram: {
+            "page_size": 2 * PAGE,
+            "address": ram["address"] + ram["address"] % (2 * PAGE),
+            "length": 8 * PAGE,
+        },
         "mapped with pages of 4096 bytes, not of 8192",
     ),
     "empty name": (lambda ram: {"name": ""}, "the name of block 0 is empty"),

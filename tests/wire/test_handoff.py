@@ -185,7 +185,7 @@ def test_a_wrong_handoff_is_refused_by_the_name_of_what_is_wrong(
     message: object, names: str
 ) -> None:
     with pytest.raises(ProtocolError, match=names):
-        handoff.handoff_reader().feed(line(message))
+        list(handoff.handoff_reader().feed(line(message)))
 
 
 @pytest.mark.parametrize(
@@ -204,21 +204,23 @@ def test_a_wrong_handoff_is_refused_by_the_name_of_what_is_wrong(
 )
 def test_what_is_no_message_is_a_protocol_error(text: bytes) -> None:
     with pytest.raises(ProtocolError):
-        handoff.handoff_reader().feed(text)
+        list(handoff.handoff_reader().feed(text))
 
 
 def test_an_error_tells_where_its_line_begins() -> None:
     reader = handoff.answer_reader()
-    reader.feed(handoff.encode(handoff.Advised()))
+    received = reader.feed(handoff.encode(handoff.Advised()) + b"{}\n")
+    assert next(received) == handoff.Advised(), "what came before the error is given"
     with pytest.raises(ProtocolError) as caught:
-        reader.feed(b"{}\n")
+        next(received)
     assert caught.value.position == len(handoff.encode(handoff.Advised()))
 
 
 def test_an_answer_with_a_field_too_many_is_refused_but_an_event_may_grow_one() -> None:
     with pytest.raises(ProtocolError, match="why"):
-        handoff.answer_reader().feed(b'{"event":"advised","why":1}\n')
-    assert handoff.event_reader().feed(b'{"event":"advise","why":1}\n') == [handoff.Advise()]
+        list(handoff.answer_reader().feed(b'{"event":"advised","why":1}\n'))
+    (event,) = handoff.event_reader().feed(b'{"event":"advise","why":1}\n')
+    assert event == handoff.Advise()
 
 
 @pytest.mark.parametrize("piece", [1 << 16, 1 << 21])
@@ -226,13 +228,13 @@ def test_a_line_without_end_is_refused_at_the_limit(piece: int) -> None:
     reader = handoff.handoff_reader()
     with pytest.raises(ProtocolError, match="more than 1048576 bytes"):
         for _ in range(17):
-            reader.feed(b" " * piece)
+            list(reader.feed(b" " * piece))
             assert reader.pending <= handoff.FIRST_MESSAGE_LIMIT
 
 
 def test_a_complete_line_that_is_too_long_is_refused_as_well() -> None:
     with pytest.raises(ProtocolError, match="more than 65536 bytes"):
-        handoff.event_reader().feed(handoff.encode(handoff.Failed("x" * (1 << 16))))
+        list(handoff.event_reader().feed(handoff.encode(handoff.Failed("x" * (1 << 16)))))
 
 
 def test_the_largest_handoff_is_accepted() -> None:
@@ -252,7 +254,7 @@ def test_any_bytes_give_messages_or_the_protocol_error(
     lines = reader()
     try:
         for place in range(0, len(text), 7):
-            lines.feed(text[place : place + 7])
+            list(lines.feed(text[place : place + 7]))
     except ProtocolError as error:
         assert str(error)
 

@@ -21,44 +21,42 @@ class _Kind(NamedTuple):
 
 _KINDS: Final[dict[type[events.Event], _Kind]] = {
     events.StateChanged: _Kind(
-        "debug", "the state has changed", "6b7f6a7ea4354ac2b6a8e1d24d9f7a01"
+        "debug", "the state has changed", "96a44327936443afaf6ce4c199580583"
     ),
     events.VmmAttached: _Kind(
-        "info", "a VMM has handed over its memory", "0f9a8d2ce3b84d4c9be0f4c0f34f7d52"
+        "info", "a VMM has handed over its memory", "ff30e1ec57b24affa6cf44242b6e0874"
     ),
     events.StreamAttached: _Kind(
-        "info", "a source has connected", "d3a5b58c4f5f4a3d8a2a4a0e9ed1c6b3"
+        "info", "a source has connected", "13469a4b0946443ea44d838121b1088c"
     ),
     events.StreamDropped: _Kind(
         "warning",
         "a source went away before its first byte; another may connect",
-        "5c1e7b94e6d64c0c8f0a35b1a7d2e8f4",
+        "18845c090e4342319921b4b2980cef4a",
     ),
     events.PackageReceived: _Kind(
         "info",
-        "the device package is here: the guest is ours now",
-        "a2d4c6e8f01b4e7d93c5a7b9d1e3f505",
+        "the device package is here: from now on the guest lives here",
+        "7c28d341dc114f078eeac615808fd96a",
     ),
     events.DeviceStateLoaded: _Kind(
-        "info", "the VMM has loaded its devices and runs", "e84b1f6d29c74b0fa6d31c58f7e29b06"
+        "info", "the VMM has loaded its devices and runs", "3dca7ac21d894cb986208afbe93fdd83"
     ),
     events.MemoryRemoved: _Kind(
-        "info", "the VMM gives memory back", "17c9e35fb2d84a6e8d4f60a91be37c07"
+        "info", "the VMM gives memory back", "d09de39a4a534e7eaca13aa39f7876f8"
     ),
     events.Paused: _Kind(
         "error",
         "paused: the stream is lost, and what has not come yet is waited for",
-        "9d30f7c1e5824b6fb19c72e4d8a65f08",
+        "2b94398b20c7416b8e6727aa90da7ba8",
     ),
-    events.Completed: _Kind("info", "all memory is here", "4ae61d8bc7f34920958be3d07c12fa09"),
-    events.Failed: _Kind(
-        "error", "the migration has failed", "c25f80e9a7b1463d8e60d4f92b71ce0a"
-    ),
+    events.Completed: _Kind("info", "all memory is here", "b1a7234934f4487ba7789001691a3d95"),
+    events.Failed: _Kind("error", "the migration has failed", "bbffacb1571a4700b2e3cdd0e544e2e9"),
 }
 
-SOURCE_REFUSED_ID: Final = "2be7d5f0c8194a63b7e58f13d09ac60b"
-VMM_REFUSED_ID: Final = "f8416b3ed2a74c95a0c9e7d15b83f20c"
-INTERNAL_ERROR_ID: Final = "70d9c4a6b5e8413f92ab6e0dc7f1380d"
+SOURCE_REFUSED_ID: Final = "d26991d4c3c54e30a0399eb82e9c9d23"
+VMM_REFUSED_ID: Final = "353089378563465baaa7f11a4775fd31"
+INTERNAL_ERROR_ID: Final = "c4481f169e224715be3330629a54b566"
 
 
 def log_event(migration: str, event: events.Event) -> None:
@@ -67,12 +65,12 @@ def log_event(migration: str, event: events.Event) -> None:
     fields = asdict(event)
     if isinstance(event, events.StateChanged):
         fields = {"old": event.old.value, "new": event.new.value}
-    elif isinstance(event, events.Failed):
-        fields = {
-            "reason": event.reason,
-            "guest": "goes on at the source" if event.before_package else "lost",
-        }
-    log = getattr(get_logger(), kind.level)
+    level = kind.level
+    if isinstance(event, events.Failed):
+        level = "warning" if event.before_package else "error"
+        guest = "goes on at the source" if event.before_package else "lost"
+        fields = {"reason": event.reason, "guest": guest}
+    log = getattr(get_logger(), level)
     log(kind.text, migration=migration, message_id=kind.message_id, **fields)
 
 
@@ -89,6 +87,4 @@ def log_source_refused(migration: str, peer: str, reason: str) -> None:
 
 def log_vmm_refused(peer: str, reason: str) -> None:
     """Log that a VMM's handoff was not accepted."""
-    get_logger().warning(
-        "a VMM was refused", peer=peer, reason=reason, message_id=VMM_REFUSED_ID
-    )
+    get_logger().warning("a VMM was refused", peer=peer, reason=reason, message_id=VMM_REFUSED_ID)
