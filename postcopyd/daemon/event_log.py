@@ -74,12 +74,11 @@ def log_event(migration: str, event: events.Event) -> None:
     log(kind.text, migration=migration, message_id=kind.message_id, **fields)
 
 
-def log_source_refused(migration: str, peer: str, reason: str) -> None:
+def log_source_refused(migration: str, reason: str) -> None:
     """Log that a stream connection was closed at once."""
     get_logger().warning(
         "a source was refused",
         migration=migration,
-        peer=peer,
         reason=reason,
         message_id=SOURCE_REFUSED_ID,
     )

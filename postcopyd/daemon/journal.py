@@ -1,8 +1,8 @@
 """Writes to systemd-journald in its native protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 
 One datagram is one entry: `NAME=value` and a newline for each field, or, where the value has a
-newline itself, the name, a newline, the length as 64 bits little-endian, the value and a newline. An
-entry that is too large for a datagram goes into a sealed memory file, whose descriptor is sent.
+newline itself, the name, a newline, the length as 64 bits little-endian, the value and a newline.
+An entry too large for a datagram goes into a sealed memory file, whose descriptor is sent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_journal(stream: TextIO, journal_stream: str) -> bool:
 
 
 def field_name(name: str) -> str:
-    """Return `name` as journald accepts it: capitals, digits and underscores, no underscore first."""
+    """Return `name` as journald takes it: capitals, digits and underscores, a capital first."""
     changed = "".join(
         letter if letter.isascii() and letter.isalnum() else "_" for letter in name
     ).upper()

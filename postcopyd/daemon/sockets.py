@@ -1,4 +1,4 @@
-"""The listening sockets of the daemon: opened here, or handed over by systemd (sd_listen_fds(3))."""
+"""The listening sockets of the daemon: opened here, or systemd's own (sd_listen_fds(3))."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def open_unix_listener(path: str, mode: int, group: str) -> socket.socket:
         finally:
             os.umask(mask)
         os.chown(path, -1, group_number)
-        os.chmod(path, mode)
+        Path(path).chmod(mode)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
@@ -139,7 +139,7 @@ def _remove_if_dead(path: str) -> None:
         if answer in (0, errno.EAGAIN):
             reason = "a process listens there already: stop it, or choose another path"
         elif answer == errno.ECONNREFUSED and status.st_uid == os.geteuid():
-            os.unlink(path)
+            Path(path).unlink()
             return
     raise OSError(errno.EADDRINUSE, f"cannot listen on {path}: {reason}")
 

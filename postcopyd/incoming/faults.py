@@ -140,7 +140,7 @@ class FaultHandler:
         if maps.staged[page]:
             stage = self._stages[block.index]
             offset = page * size
-            if not self._placer.try_run(block, offset, size, stage.address + offset):
+            if not self._placer.try_run(block, offset, size, stage.address_of(offset, size)):
                 return False
             stage.release(page, 1)
             return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 from collections.abc import Callable
 
 from postcopyd.incoming.faults import FaultHandler, UnexpectedEvent
@@ -11,6 +10,7 @@ from postcopyd.incoming.placing import Placer, VmmGone
 from postcopyd.incoming.report import BlockReport, Counters, Histogram
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.vmm import GuestMemory
+from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.kernel.userfaultfd import (
     Feature,
     Operation,
@@ -174,7 +174,7 @@ class MemoryFilling:
         if not self._memory.registered:
             for block in self.blocks:
                 needed = Operation.COPY | Operation.WAKE
-                if block.page_size == mmap.PAGESIZE:
+                if block.page_size == HOST_PAGE_SIZE:
                     needed |= Operation.ZEROPAGE
                 userfaultfd.register(block.address, block.length, RegisterMode.MISSING, needed)
         self._listening = True
@@ -353,15 +353,14 @@ class MemoryFilling:
         index, first = self._stage_cursor
         block = self.blocks[index]
         staged = self.page_map[index].staged
-        limit = max(1, _STAGED_BATCH * mmap.PAGESIZE // block.page_size)
+        limit = max(1, _STAGED_BATCH * HOST_PAGE_SIZE // block.page_size)
         beyond = staged.find(0, first, first + limit)
         count = (beyond if beyond >= 0 else min(first + limit, block.pages)) - first
         offset = first * block.page_size
+        length = count * block.page_size
         stage = self._stages[index]
         try:
-            placed = self._placer.try_run(
-                block, offset, count * block.page_size, stage.address + offset
-            )
+            placed = self._placer.try_run(block, offset, length, stage.address_of(offset, length))
         except VmmGone as error:
             self._fail(error)
             return

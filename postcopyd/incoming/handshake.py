@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import socket
 
+from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.ram.block import BlockTable
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Advise, BlockList
@@ -18,10 +18,10 @@ def check_advise(message: Advise, blocks: BlockTable, return_path_open: bool) ->
     """
     if not return_path_open:
         raise ProtocolError("ADVISE came before a return path was opened", None)
-    if message.target_page_size != mmap.PAGESIZE:
+    if message.target_page_size != HOST_PAGE_SIZE:
         raise ProtocolError(
             f"the source's target pages have {message.target_page_size} bytes, "
-            f"this host's pages {mmap.PAGESIZE}",
+            f"this host's pages {HOST_PAGE_SIZE}",
             None,
         )
     if message.page_sizes != blocks.page_sizes:

@@ -19,9 +19,7 @@ bytes stay where they are.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from bitarray import bitarray
 
 from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.kernel.huge_pages import free_huge_pages
+from postcopyd.kernel.memory import HOST_PAGE_SIZE, Mapping
 from postcopyd.kernel.userfaultfd import Userfaultfd
 from postcopyd.ram.block import BlockTable, RamBlock
 from postcopyd.ram.page_map import PageMap
@@ -86,10 +85,7 @@ class Placer:
         huge = max((block.page_size for block in blocks), default=0)
         # Huge pages have no UFFDIO_ZEROPAGE: zeros are copied from a page that nobody ever wrote,
         # so that the kernel's one zero page stands behind all of it.
-        self._zeros = mmap.mmap(
-            -1, max(huge, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
-        self._zeros_address = _address_of(self._zeros)
+        self._zeros = Mapping.anonymous(max(huge, HOST_PAGE_SIZE))
 
     def close(self) -> None:
         """Release the zero page; runs that were put off are dropped. Idempotent."""
@@ -236,9 +232,9 @@ class Placer:
         return self._ask_zeros(run.block, destination, length)
 
     def _ask_zeros(self, block: RamBlock, destination: int, length: int) -> int:
-        if block.page_size == mmap.PAGESIZE:
+        if block.page_size == HOST_PAGE_SIZE:
             return self._zeropage(destination, length)
-        return self._copy(destination, self._zeros_address, block.page_size)
+        return self._copy(destination, self._zeros.address, block.page_size)
 
     def _answer(self, run: _Run, result: int) -> bool:
         """Do what the kernel's answer to placing the head of `run` asks for; False to put off."""
@@ -256,7 +252,7 @@ class Placer:
             self._settle(block, range(run.offset, run.offset + result, size))
             self._skip(run, result)
         elif result == _PRESENT:
-            if size > mmap.PAGESIZE and not maps.received[page] and not free_huge_pages(size):
+            if size > HOST_PAGE_SIZE and not maps.received[page] and not free_huge_pages(size):
                 # With its pool empty the kernel says EEXIST where it means ENOMEM, because it
                 # finds the slot of the page table that it has just made (hugetlb_mfill_atomic_pte
                 # of Linux 6.18). Believing it would lose the page.
@@ -321,7 +317,3 @@ def _runs(offsets: Sequence[int], size: int) -> list[tuple[int, int]]:
         end = offset + size
     runs.append((start, end - start))
     return runs
-
-
-def _address_of(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -15,15 +15,16 @@ that runs out of memory, gives an errno then and not a SIGBUS that would end the
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import mmap
 import os
 
 from postcopyd.incoming.vmm import HandedBlock
 from postcopyd.kernel import memory_file
+from postcopyd.kernel.memory import HOST_PAGE_SIZE, Mapping, advise
 from postcopyd.ram.block import RamBlock
 from postcopyd.ram.page_map import BlockMap
+
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 
 
 class BlockStage:
@@ -41,32 +42,33 @@ class BlockStage:
         self._maps = maps
         self.direct = handed.memory_file is not None
         """True when pages go straight into the VMM's memory."""
-        self._mapping: mmap.mmap | None = None
+        self._mapping: Mapping | None = None
         self._view: memoryview | None = None
-        self.address = 0
-        """Where staged bytes lie in this process; 0 when they go straight into the VMM's memory."""
         if handed.memory_file is not None:
             self._file = os.dup(handed.memory_file)
             self._file_offset = handed.file_offset
         else:
             self._file = memory_file.create("postcopyd-staging", block.length)
             self._file_offset = 0
-        self._huge = block.page_size > mmap.PAGESIZE
+        self._huge = block.page_size > HOST_PAGE_SIZE
         try:
             if self.direct and self._huge:
                 self._map_huge_file()
             elif not self.direct:
-                self._map()
+                self._mapping = Mapping.of_file(self._file, block.length)
         except BaseException:
             os.close(self._file)
             raise
 
-    def _map(self) -> memoryview:
-        self._mapping = mmap.mmap(self._file, self.block.length, offset=self._file_offset)
-        anchor = ctypes.c_char.from_buffer(self._mapping)
-        self.address = ctypes.addressof(anchor)
-        del anchor
-        return memoryview(self._mapping)
+    def address_of(self, offset: int, length: int) -> int:
+        """Return where staged bytes lie in this process, mapped and ready to be copied from.
+
+        The kernel copies with page faults off: a byte that is not mapped yet makes it copy twice.
+        """
+        assert self._mapping is not None
+        address = self._mapping.address + offset
+        advise(address, length, _MADV_POPULATE_READ)
+        return address
 
     def _map_huge_file(self) -> None:
         # A hugetlb file has no write(2), so it must be mapped; sealed against shrinking, and
@@ -81,8 +83,8 @@ class BlockStage:
                     f"the memory file of block {self.block.name!r} can shrink under us: create it "
                     f"with MFD_ALLOW_SEALING or seal it with F_SEAL_SHRINK",
                 ) from error
-        self._view = self._map()
-        self.address = 0
+        self._mapping = Mapping.of_file(self._file, self.block.length, self._file_offset)
+        self._view = self._mapping.view
 
     def write(self, offset: int, payload: memoryview) -> None:
         """Keep page content; the last one counts."""
@@ -149,8 +151,6 @@ class BlockStage:
         """Release mapping and file. Idempotent."""
         if self._file < 0:
             return
-        if self._view is not None:
-            self._view.release()
         if self._mapping is not None:
             self._mapping.close()
         os.close(self._file)

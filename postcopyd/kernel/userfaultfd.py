@@ -151,11 +151,11 @@ class Userfaultfd:
         :raise OSError: if the handshake has been done before (EINVAL), or if `wanted` takes a
             right: EVENT_FORK needs CAP_SYS_PTRACE (EPERM).
         """
-        missing = wanted & ~self.offered()
+        missing = Feature(int(wanted) & ~int(self.offered()))  # `~` loses bits without a name
         if missing:
             raise UserfaultfdUnsupported(
                 errno.EOPNOTSUPP,
-                f"this kernel's userfaultfd has no {missing.name}: "
+                f"this kernel's userfaultfd has no {missing.name or hex(missing)}: "
                 f"Linux {missing.since} or newer is needed",
             )
         return self._agree(wanted)

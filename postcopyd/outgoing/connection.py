@@ -16,6 +16,7 @@ from typing import Final
 from postcopyd.outgoing.records import Batch, Pause
 from postcopyd.wire.address import Address
 
+_CONNECT_SECONDS: Final = 10
 _NOT_SENT_LIMIT: Final = 128 << 10
 """TCP: bytes that the kernel takes beyond what it has sent."""
 _KEEPALIVE: Final = (
@@ -35,15 +36,14 @@ class ConnectionLost(Exception):
     """The connection cannot be used any more; the text says what happened to it."""
 
 
-async def connect(address: Address, timeout: float = 10.0) -> socket.socket:  # noqa: ASYNC109
+async def connect(address: Address) -> socket.socket:
     """Return a connected non-blocking socket.
 
-    :param timeout: seconds until it must stand.
     :raise ConnectionLost: if nobody answers there.
     """
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(_CONNECT_SECONDS):
             if address.kind == "unix":
                 return await _connect_one(loop, socket.AF_UNIX, address.path)
             found = await loop.getaddrinfo(
@@ -57,7 +57,9 @@ async def connect(address: Address, timeout: float = 10.0) -> socket.socket:  # 
                         raise
             raise ConnectionLost(f"cannot connect to {address}: the name has no address")
     except TimeoutError:
-        raise ConnectionLost(f"cannot connect to {address}: no answer in {timeout:g} s") from None
+        raise ConnectionLost(
+            f"cannot connect to {address}: no answer in {_CONNECT_SECONDS} s"
+        ) from None
     except OSError as error:
         raise ConnectionLost(f"cannot connect to {address}: {error.strerror or error}") from error
 
@@ -88,7 +90,7 @@ class Connection:
         connection.setblocking(False)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _NOT_SENT_LIMIT)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT_LIMIT)
             for option in _KEEPALIVE:
                 connection.setsockopt(*option)
         self._loop = asyncio.get_running_loop()
@@ -118,6 +120,8 @@ class Connection:
         :raise Exception: what making a batch, or `received`, raised.
         :raise ConnectionLost: if the connection is lost.
         """
+        if self._failure is not None:
+            raise self._failure
         self._batches = iter(batches)
         self._sending = True
         self._advance()
@@ -162,6 +166,9 @@ class Connection:
             if not self._batch and not self._next_batch():
                 return
             self._send_some()
+            # A lone batch, such as the answer to a request in a pause, needs no writer.
+            if not self._writer_added and not self._batch and not self._next_batch():
+                return
         except Exception as error:
             self._fail(error)
             return

@@ -25,8 +25,9 @@ from postcopyd.wire.stream_format import SMALLEST_HOST_PAGE, TARGET_PAGE_SIZE
 
 CHUNK_BYTES: Final = 128 << 10
 """Memory that is looked at in one go: between two such the event loop gets its turn."""
-# A comparison of a bytearray with a view is one memcmp; of a view with a view it is a slow loop.
 ZERO_PAGE: Final = bytearray(TARGET_PAGE_SIZE)
+"""To be compared with a page, and on the left of it: that is one memcmp, where a view on the left
+compares byte by byte."""
 
 
 class ImageError(ValueError):

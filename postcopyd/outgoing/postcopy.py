@@ -8,6 +8,7 @@ from typing import Final
 from postcopyd.outgoing.bandwidth import Bandwidth
 from postcopyd.outgoing.image import CHUNK_BYTES, ZERO_PAGE, ImageBlock
 from postcopyd.outgoing.records import BATCH_BYTES, IS_ZERO, Batch, Pause, RamRecords
+from postcopyd.outgoing.report import Counts
 from postcopyd.outgoing.schedule import Run, SendSchedule
 from postcopyd.wire.stream_format import TARGET_PAGE_SIZE
 
@@ -28,9 +29,11 @@ class PostcopyPages:
         records: RamRecords,
         bandwidth: Bandwidth,
         clock: Callable[[], float],
+        counts: Counts,
     ) -> None:
         """Send what `schedule` says of `blocks`, which must not change any more.
 
+        :param clock: seconds, never going back.
         :raise OSError: if a file cannot be asked for its holes.
         """
         self._blocks = blocks
@@ -43,8 +46,9 @@ class PostcopyPages:
         if bandwidth.rate is not None:
             limit = min(limit, int(bandwidth.rate * _SMOOTHING_SECONDS))
         self._scan_limit = limit
-        self.requests_answered = 0
-        """Host pages that were sent because they were asked for."""
+        self._counts = counts
+        self.ended = False
+        """True when the last batch has been made: the destination may know that it has all."""
 
     def batches(self) -> Iterator[Batch | Pause]:
         """Yield all that is to be sent up to and with the end of the stream."""
@@ -59,11 +63,12 @@ class PostcopyPages:
             else:
                 yield from self._scanned()
         records.end()
+        self.ended = True
         yield records.take()
 
     def _requested(self) -> Iterator[Batch]:
         while run := self._schedule.take_requested():
-            self.requests_answered += 1
+            self._counts.requests_answered += 1
             yield from self._add(run)
             if self._records.full:
                 yield self._take()
@@ -109,5 +114,10 @@ class PostcopyPages:
                 records.add(name, offsets, (), bytes((IS_ZERO,)) * len(offsets))
                 continue
             pages = [memory[offset : offset + TARGET_PAGE_SIZE] for offset in offsets]
-            zero = bytes([bit or ZERO_PAGE == page for bit, page in zip(hole, pages, strict=True)])
+            zero = bytes(
+                [
+                    bit or ZERO_PAGE == page  # noqa: SIM300 - see there
+                    for bit, page in zip(hole, pages, strict=True)
+                ]
+            )
             records.add(name, offsets, pages, zero)

@@ -56,26 +56,27 @@ class SentPages:
                 self._digests[at : at + len(found) * _DIGEST_LENGTH] = b"".join(found)
             yield end
 
-    def stale(self) -> Iterator[bitarray | None]:
+    def find_stale(self) -> Iterator[tuple[int, bitarray | None]]:
         """Find what the destination does not have as it is now.
 
-        :return: yields None after each chunk, and at last one bit a *host* page, 1 where any of its
-            target pages was never sent or changed.
+        :return: yields after each chunk how many bytes of the block have been looked at, with the
+            last of them the result: one bit a *host* page, 1 where any of its target pages was
+            never sent, or changed.
         :raise OSError: if the file cannot be asked for its holes.
         """
         block = self.block
         stale = bitarray(block.pages)
         if self._digests is None:
             stale.setall(1)
-            yield stale
+            yield block.length, stale
             return
         holes = block.holes()
         for start in range(0, block.length, CHUNK_BYTES):
-            _, found = _look(block, start, min(start + CHUNK_BYTES, block.length), holes)
+            end = min(start + CHUNK_BYTES, block.length)
+            _, found = _look(block, start, end, holes)
             for place in self._changed(start, found):
                 stale[(start + place * TARGET_PAGE_SIZE) // block.page_size] = 1
-            yield None
-        yield stale
+            yield end, stale if end == block.length else None
 
     def _changed(self, start: int, found: list[bytes]) -> list[int]:
         """Return which of these digests, of the pages from `start` on, are not those sent."""
@@ -134,8 +135,10 @@ def _look(
     digests: list[bytes] = []
     digest_of = hashlib.blake2b
     for offset in range(start, end, TARGET_PAGE_SIZE):
-        page = b"" if holes[offset // TARGET_PAGE_SIZE] else bytes(
-            memory[offset : offset + TARGET_PAGE_SIZE]
+        page = (
+            b""
+            if holes[offset // TARGET_PAGE_SIZE]
+            else bytes(memory[offset : offset + TARGET_PAGE_SIZE])
         )
         if not page or page == ZERO_PAGE:
             pages.append(b"")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from postcopyd.outgoing.report import Counts
 from postcopyd.wire.stream_format import TARGET_PAGE_SIZE
 from postcopyd.wire.stream_writer import END_OF_STREAM, StreamWriter
 
@@ -34,20 +35,10 @@ NOT_ZERO: Final = 0
 IS_ZERO: Final = 1
 
 
-@dataclass(slots=True)
-class RecordCounts:
-    """What has been sent of the RAM, over all connections of a migration. Target pages."""
-
-    pages: int = 0
-    """With their content; a page that was sent again counts again."""
-    zero_pages: int = 0
-    """As "this page is zero"."""
-
-
 class RamRecords:
     """Collects RAM records of one connection into batches, in sections that it opens and closes."""
 
-    def __init__(self, writer: StreamWriter, counts: RecordCounts) -> None:
+    def __init__(self, writer: StreamWriter, counts: Counts) -> None:
         """Write with `writer`, and count what is added in `counts`."""
         self._writer = writer
         self._counts = counts

@@ -44,8 +44,10 @@ class SendSchedule:
         self._requests: deque[Run] = deque()
         self._scan_block = 0
         self._scan_page = 0
-        self.remaining = sum(pages.count() for pages in dirty)
-        """Host pages that have not been handed out."""
+        self.remaining = sum(
+            pages.count() * size for pages, size in zip(dirty, page_sizes, strict=True)
+        )
+        """Bytes of the host pages that have not been handed out."""
 
     def request(self, block: int, first: int, count: int = 1) -> bool:
         """Hand out these host pages before all others, behind those that were requested before.
@@ -97,5 +99,5 @@ class SendSchedule:
     def _take(self, block: int, first: int, count: int) -> Run:
         self._dirty[block][first : first + count] = 0
         self._scan_block, self._scan_page = block, first + count
-        self.remaining -= count
+        self.remaining -= count * self._page_sizes[block]
         return Run(block, first, count)

@@ -6,9 +6,9 @@ A 2 MiB page comes as 512 records, in ascending order and back to back on one co
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from dataclasses import dataclass
+
+from postcopyd.kernel.memory import Mapping
 
 
 class HostPageInterrupted(Exception):
@@ -31,12 +31,10 @@ class HostPageAssembly:
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self._memory = mmap.mmap(-1, page_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._view = memoryview(self._memory)
-        anchor = ctypes.c_char.from_buffer(self._memory)
-        self.address = ctypes.addressof(anchor)
+        self._memory = Mapping.anonymous(page_size)
+        self._view = self._memory.view
+        self.address = self._memory.address
         """Where the assembled page lies in this process."""
-        del anchor
         self._block = ""
         self._progress: _Progress | None = None
 
@@ -87,5 +85,4 @@ class HostPageAssembly:
 
     def close(self) -> None:
         """Release the buffer. Idempotent."""
-        self._view.release()
         self._memory.close()

@@ -19,12 +19,12 @@ block's pages, least significant bit first, padded to a multiple of 8 bytes.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 
 from bitarray import bitarray
 
 from postcopyd.kernel import memory_file
+from postcopyd.kernel.memory import Mapping
 from postcopyd.ram.block import BlockTable, RamBlock
 
 _MAPS = 4
@@ -70,17 +70,16 @@ class PageMap:
             found = os.fstat(descriptor).st_size
             if found != size:
                 raise ValueError(f"page map has {found} bytes, the blocks need {size}")
-            self._mapping = mmap.mmap(descriptor, size)
+            self._mapping = Mapping.of_file(descriptor, size)
         except BaseException:
             os.close(descriptor)
             raise
-        self._view = memoryview(self._mapping)
         self._maps: list[BlockMap] = []
         start = 0
         for block in blocks:
             length = _map_bytes(block)
             end = start + length * _MAPS
-            self._maps.append(BlockMap(self._view[start:end], length))
+            self._maps.append(BlockMap(self._mapping.view[start:end], length))
             start = end
 
     def __getitem__(self, index: int) -> BlockMap:
@@ -105,7 +104,6 @@ class PageMap:
             del maps.received, maps.requested, maps.staged, maps.zero
         self._maps.clear()
         with contextlib.suppress(BufferError):
-            self._view.release()
             self._mapping.close()
         os.close(self.descriptor)
         self.descriptor = -1

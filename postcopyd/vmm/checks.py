@@ -45,6 +45,8 @@ def check_name(what: str, name: str) -> None:
     size = len(name.encode())
     if size == 0:
         raise HandoffRefused(f"the name of {what} is empty")
+    if "\0" in name:
+        raise HandoffRefused(f"the name of {what} has a NUL: {name!r}")
     if size > NAME_LIMIT:
         raise HandoffRefused(f"the name of {what} has {size} bytes, at most {NAME_LIMIT} are legal")
 

@@ -92,11 +92,12 @@ class Destination:
         self._emptied = self._huge_pages_off = self._at_stake = False
         self.completed = False
         """True when all memory has come."""
+        self.user_mode_only: bool
+        """True where this process has no right to more: what the kernel itself does with missing
+        memory, such as a read(2) into it, fails with EFAULT instead of waiting."""
         deadline = _deadline(timeout)
         with ExitStack() as on_error:
             self._userfaultfd, self.user_mode_only = _open_userfaultfd()
-            """user_mode_only: faults that the kernel takes, as in a read(2) into missing memory,
-            fail with EFAULT instead of waiting: this process has no right to more."""
             on_error.callback(self._userfaultfd.close)
             self._userfaultfd.handshake(_features(self._blocks))
             for block in self._blocks:

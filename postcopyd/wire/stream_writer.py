@@ -67,7 +67,7 @@ def configuration(
     uuid: bytes | None = None,
 ) -> bytes:
     """Return the stream header and the configuration: the start of every new migration."""
-    name = machine.encode()
+    name = encode_name(machine)[1:]  # its length goes into 4 bytes
     parts = [
         MAGIC,
         _U32.pack(VERSION),

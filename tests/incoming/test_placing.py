@@ -14,6 +14,7 @@ import pytest
 
 from postcopyd.incoming.placing import Placer, VmmGone
 from postcopyd.incoming.report import Counters, Histogram
+from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.kernel.userfaultfd import (
     EVENT_REMOVE,
     Feature,
@@ -244,10 +245,8 @@ def test_enospc_no_huge_page_to_be_had_puts_off_and_the_retry_places(
     make: Callable[..., Bench], huge_pages: Callable[[int], None]
 ) -> None:
     huge_pages(2)
-    with open("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") as file:
-        free = int(file.read())
     bench = make(pages=2, page_size=HUGE, reserve=False)
-    hungry = Guest(pages=free, page_size=HUGE)  # the whole pool is promised to it
+    hungry = Guest(pages=free_huge_pages(HUGE), page_size=HUGE)  # the whole pool is promised to it
     assert not bench.placer.place_host_page(bench.block, HUGE, bench.source)
     assert bench.received() == []
     hungry.close()

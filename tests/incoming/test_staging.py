@@ -39,7 +39,7 @@ class Bench:
     def content(self, page: int) -> bytes:
         if self.file is not None:
             return os.pread(self.file, PAGE, page * PAGE)
-        return ctypes.string_at(self.stage.address + page * PAGE, PAGE)
+        return ctypes.string_at(self.stage.address_of(page * PAGE, PAGE), PAGE)
 
     def allocated(self) -> int:
         if self.file is None:

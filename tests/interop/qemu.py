@@ -27,7 +27,7 @@ DEADLINE: Final = 20.0
 """Seconds for any one thing that QEMU is waited for."""
 
 PRECOPY_BANDWIDTH: Final = 128 << 20
-"""Bytes a second; about 28 MiB go in the first round."""
+"""Bytes a second; about 24 MiB go in the first round."""
 
 _KVM_CREATE_VM: Final = 0xAE01  # linux/kvm.h
 

@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from postcopyd.outgoing.schedule import Run, SendSchedule
 
-
 PAGE = 4096
 HUGE = 2 << 20
 
@@ -32,7 +31,11 @@ def test_without_requests_all_goes_in_ascending_order() -> None:
 
 def test_clean_pages_are_never_handed_out() -> None:
     schedule = schedule_of(bitarray("0110010"))
-    assert [schedule.take_scanned(64 * PAGE) for _ in range(3)] == [Run(0, 1, 2), Run(0, 5, 1), None]
+    assert [schedule.take_scanned(64 * PAGE) for _ in range(3)] == [
+        Run(0, 1, 2),
+        Run(0, 5, 1),
+        None,
+    ]
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (HUGE, 1), (3 * HUGE + PAGE, 3)])
@@ -163,7 +166,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "left"))
     @invariant()
     def the_count_is_right(self) -> None:
-        assert self.schedule.remaining == len(self.left)
+        assert self.schedule.remaining == len(self.left) * PAGE
 
     def teardown(self) -> None:
         while hasattr(self, "left") and self.left:

@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing
 import os
 import re
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 from postcopyd.kernel import memory_lock
 from postcopyd.kernel.memory import Mapping
+from postcopyd.kernel.userfaultfd import UserfaultfdUnavailable
 from postcopyd.vmm.client import Block, Destination, MigrationFailed
 from tests.vmm.content import PAGE, content_of
 from tests.vmm.handoffs import LIMIT, open_descriptors
@@ -56,13 +58,6 @@ class Plan:
 _mappings: list[Mapping] = []
 
 
-def locked_memory() -> int:
-    """Return how much memory of this process is locked, KiB."""
-    match = re.search(r"^VmLck:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match
-    return int(match[1])
-
-
 def vm_flags(block: Block) -> set[str]:
     """Return the flags that the kernel keeps of a block's mapping (proc_pid_smaps(5))."""
     smaps = Path("/proc/self/smaps").read_text()
@@ -92,7 +87,7 @@ def migrate(path: Path, pipe: Connection, plan: Plan) -> None:
         pipe.send(
             {
                 "state": state,
-                "locked": locked_memory(),
+                "locked": memory_lock.locked_bytes(),
                 "flags": vm_flags(block),
                 "balloon": tuple(balloon),
             }
@@ -103,7 +98,7 @@ def migrate(path: Path, pipe: Connection, plan: Plan) -> None:
         pipe.send(
             {
                 "completed": destination.completed,
-                "locked": locked_memory(),
+                "locked": memory_lock.locked_bytes(),
                 "flags": vm_flags(block),
                 "balloon": tuple(balloon),
             }
@@ -158,14 +153,12 @@ def _waiting_threads() -> int:
 
 def open_without_descriptors(path: Path, pipe: Connection, plan: Plan) -> None:
     """Try to hand over when no descriptor can be opened; tell the error."""
-    import resource
-
     block = plan.make_block()
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     try:
         Destination(path, "vm0", [block])
-    except OSError as error:
-        pipe.send((type(error).__name__, str(error)))
+    except UserfaultfdUnavailable as error:
+        pipe.send(str(error))
 
 
 class Child:

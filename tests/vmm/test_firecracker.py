@@ -221,7 +221,7 @@ MISTAKES: dict[str, tuple[Change, str]] = {
         "block 'region1': 0x1000 to 0x2000 is not mapped",
     ),
     "huge pages that are none": (
-        lambda vmm: [region.update(page_size=2 << 20) for region in vmm.message],
+        lambda vmm: vmm.message[0].update(page_size=2 << 20, size=2 << 20),
         "is not a multiple of the page size 2097152",
     ),
 }

@@ -133,6 +133,7 @@ BLOCK_MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]
     ),
     "empty name": (lambda ram: {"name": ""}, "the name of block 0 is empty"),
     "name of 256 bytes": (lambda ram: {"name": "é" * 128}, "the name of block 0 has 256 bytes"),
+    "name with a NUL": (lambda ram: {"name": "pc\0ram"}, "the name of block 0 has a NUL"),
     "name that is taken": (lambda ram: {"name": "pc.bios"}, "two blocks have the name 'pc.bios'"),
     "memory file that did not come": (lambda ram: {"memory_file": 1}, "memory_file is 1, but only"),
     "userfaultfd as memory file": (lambda ram: {"memory_file": 0}, "memory_file is 0, but"),

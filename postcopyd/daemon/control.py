@@ -1,0 +1,233 @@
+"""The control API: HTTP with JSON on a Unix socket.
+
+============================================  ===================================================
+GET /v1/check                                 what this host can do, as the daemon sees it
+GET /v1/migrations                            {"migrations": [...]}
+POST /v1/migrations                           {"name", "listen"?, "handoff"?}: create one; 201
+GET /v1/migrations/NAME                       one migration
+DELETE /v1/migrations/NAME?force=1            cancel it, or forget it if it has ended
+GET /v1/migrations/NAME/wait?timeout=SECONDS  the migration when it has ended or the time is up
+============================================  ===================================================
+
+A migration is the engine's report (`postcopyd.incoming.report.Report`) and, beside it, `listen` and
+`handoff`. Every error is {"error": {"code", "message", "hint"}}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Annotated, Any, Final, TypeVar, cast
+
+import msgspec
+from aiohttp import web
+
+from postcopyd.daemon import host_check_process
+from postcopyd.daemon.acceptor import Acceptor
+from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
+from postcopyd.daemon.logging import get_logger
+from postcopyd.daemon.registry import Registry, RegistryError
+from postcopyd.vmm.peer import AllowedPeers, peer_of
+
+_BODY_LIMIT: Final = 64 << 10  # bytes
+_LONGEST_WAIT: Final = 86400.0  # seconds
+_GRACE: Final = 1.0  # seconds for answers that are under way when the daemon stops
+
+_STATUSES: Final[dict[str, HTTPStatus]] = {
+    "invalid-name": HTTPStatus.BAD_REQUEST,
+    "invalid-address": HTTPStatus.BAD_REQUEST,
+    "invalid-request": HTTPStatus.BAD_REQUEST,
+    "not-allowed": HTTPStatus.FORBIDDEN,
+    "no-such-migration": HTTPStatus.NOT_FOUND,
+    "name-taken": HTTPStatus.CONFLICT,
+    "past-the-package": HTTPStatus.CONFLICT,
+    "address-unusable": HTTPStatus.CONFLICT,
+    "too-many-migrations": HTTPStatus.CONFLICT,
+    "out-of-resources": HTTPStatus.SERVICE_UNAVAILABLE,
+    "stopping": HTTPStatus.SERVICE_UNAVAILABLE,
+    "check-failed": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "internal-error": HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Query = TypeVar("_Query", bound=msgspec.Struct)
+
+
+class _CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    listen: str = ""
+    handoff: str = ""
+
+
+class _RemoveQuery(msgspec.Struct, forbid_unknown_fields=True):
+    force: bool = False
+
+
+class _WaitQuery(msgspec.Struct, forbid_unknown_fields=True):
+    timeout: Annotated[float, msgspec.Meta(ge=0, le=_LONGEST_WAIT)] | None = None
+
+
+class ControlApi:
+    """Serves the control API on a socket."""
+
+    def __init__(self, listener: socket.socket, registry: Registry, allowed: AllowedPeers) -> None:
+        """Take over `listener`: a Unix socket, listening and non-blocking.
+
+        :param allowed: who may use it.
+        """
+        self._registry = registry
+        self._allowed = allowed
+        self._acceptor = Acceptor(listener, self._connected)
+        self._connecting: set[asyncio.Task[None]] = set()
+        application = web.Application(middlewares=[self._guard], client_max_size=_BODY_LIMIT)
+        application.router.add_get("/v1/check", self._check_host)
+        application.router.add_get("/v1/migrations", self._list)
+        application.router.add_post("/v1/migrations", self._create)
+        application.router.add_get("/v1/migrations/{name}", self._show)
+        application.router.add_delete("/v1/migrations/{name}", self._remove)
+        application.router.add_get("/v1/migrations/{name}/wait", self._wait)
+        # Without cancellation the wait of a client that has gone would go on.
+        self._runner = web.AppRunner(
+            application, handler_cancellation=True, shutdown_timeout=_GRACE
+        )
+
+    async def start(self) -> None:
+        """Serve from now on."""
+        await self._runner.setup()
+        self._acceptor.start()
+
+    async def close(self) -> None:
+        """Serve no more and close the socket; answers under way have a second."""
+        self._acceptor.close()
+        await self._runner.cleanup()
+
+    # -- connections -------------------------------------------------------------------------
+
+    def _connected(self, connection: socket.socket) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(connection))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        server = self._runner.server
+        assert server is not None
+        try:
+            await loop.connect_accepted_socket(lambda: _Connection(server, loop=loop), connection)
+        except OSError:  # it has gone again
+            connection.close()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Let only those in who may be, and give every error the one form."""
+        try:
+            self._check_peer(request)
+            return await handler(request)
+        except RegistryError as error:
+            return _error(error.code, error.message, error.hint)
+        except _NotAllowed as error:
+            return _error("not-allowed", str(error), _NOT_ALLOWED_HINT)
+        except msgspec.MsgspecError as error:
+            return _error("invalid-request", f"the request is wrong: {error}", _SEE)
+        except UnicodeDecodeError:
+            return _error("invalid-request", "the request is wrong: not UTF-8", _SEE)
+        except (host_check_process.HostCheckFailed, OSError) as error:
+            return _error("check-failed", str(error), "run postcopyctl check on this host")
+        except web.HTTPException as error:
+            code = (error.reason or "error").lower().replace(" ", "-")
+            return _error(code, f"{request.method} {request.path}: {error.reason}", _SEE, error)
+        except Exception:
+            get_logger().exception(
+                "a request of the control API failed",
+                request=f"{request.method} {request.path}",
+                message_id=INTERNAL_ERROR_ID,
+            )
+            return _error("internal-error", "postcopyd failed", "its log says how")
+
+    def _check_peer(self, request: web.Request) -> None:
+        transport = request.transport
+        if transport is None:
+            raise _NotAllowed("the connection is closed")
+        peer = peer_of(cast(socket.socket, transport.get_extra_info("socket")))
+        if self._allowed.refusal(peer) is not None:
+            raise _NotAllowed(f"user {peer.uid} is not allowed to control postcopyd")
+
+    # -- what can be asked -------------------------------------------------------------------
+
+    async def _check_host(self, request: web.Request) -> web.Response:
+        return _raw(await host_check_process.run())
+
+    async def _list(self, request: web.Request) -> web.Response:
+        return _json({"migrations": [entry.view() for entry in self._registry]})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        wish = msgspec.json.decode(await request.read(), type=_CreateRequest)
+        entry = self._registry.create(wish.name, wish.listen, wish.handoff)
+        return _json(entry.view(), HTTPStatus.CREATED)
+
+    async def _show(self, request: web.Request) -> web.Response:
+        return _json(self._registry.get(request.match_info["name"]).view())
+
+    async def _remove(self, request: web.Request) -> web.Response:
+        query = _query(request, _RemoveQuery)
+        entry = await self._registry.remove(request.match_info["name"], query.force)
+        return _json(entry.view())
+
+    async def _wait(self, request: web.Request) -> web.Response:
+        query = _query(request, _WaitQuery)
+        entry = self._registry.get(request.match_info["name"])
+        await entry.wait(query.timeout)
+        return _json(entry.view())
+
+
+class _NotAllowed(Exception):
+    """Who asks may not."""
+
+
+class _Connection(web.RequestHandler):
+    """A connection of aiohttp's whose answers to what is not HTTP have the one form, too."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = HTTPStatus.INTERNAL_SERVER_ERROR,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request that could not be read, and close the connection."""
+        self.force_close()
+        return _error("invalid-request", f"the request is not HTTP: {message or exc}", _SEE)
+
+
+_SEE: Final = "postcopyd(8) lists what can be asked"
+_NOT_ALLOWED_HINT: Final = (
+    "add the user to control_users, or to the group of control_group, in the configuration"
+)
+
+
+def _query(request: web.Request, kind: type[_Query]) -> _Query:
+    """Return the query as a `kind`.
+
+    :raise msgspec.ValidationError: if it is none.
+    """
+    return msgspec.convert(dict(request.query), kind, strict=False)
+
+
+def _json(values: Any, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
+    return _raw(msgspec.json.encode(values), status)
+
+
+def _raw(body: bytes, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _error(
+    code: str, message: str, hint: str, as_http: web.HTTPException | None = None
+) -> web.Response:
+    status = _STATUSES[code] if as_http is None else HTTPStatus(as_http.status)
+    response = _json({"error": {"code": code, "message": message, "hint": hint}}, status)
+    if as_http is not None and "Allow" in as_http.headers:
+        response.headers["Allow"] = as_http.headers["Allow"]
+    return response

@@ -1,0 +1,51 @@
+"""Giving up rights, for a process that a test has started for that."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+
+from postcopyd.kernel.system_calls import failure, last_errno, libc
+from postcopyd.kernel.userfaultfd_open import _SYSTEM_CALL
+
+NOBODY = 65534
+_PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP_MODE_FILTER = 2
+
+
+def _prctl(option: int, *arguments: int) -> None:
+    rest = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    if libc.prctl(ctypes.c_int(option), *rest) < 0:
+        raise failure(f"prctl {option}", last_errno())
+
+
+def drop_rights() -> None:
+    """Become a user without any right, as if it had been so from the start."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    # Else /proc/self stays root's.
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def forbid_userfaultfd(code: int) -> None:
+    """Have the kernel answer userfaultfd(2) with an errno (seccomp), as containers do."""
+    # struct sock_filter: load the number; if it is this one, refuse, else allow.
+    program = b"".join(
+        struct.pack("HBBI", *instruction)
+        for instruction in (
+            (0x20, 0, 0, 0),
+            (0x15, 0, 1, _SYSTEM_CALL[platform.machine()]),
+            (0x06, 0, 0, 0x00050000 | code),
+            (0x06, 0, 0, 0x7FFF0000),
+        )
+    )
+    instructions = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(instructions))
+    header_buffer = ctypes.create_string_buffer(header, len(header))
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header_buffer))
