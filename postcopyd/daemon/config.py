@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from postcopyd.daemon import paths
 from postcopyd.daemon.config_problems import (
     Check,
     ConfigurationError,
@@ -26,9 +27,6 @@ from postcopyd.daemon.config_problems import (
 from postcopyd.daemon.sockets import UNIX_PATH_LIMIT, check_listen
 from postcopyd.incoming.settings import Settings
 from postcopyd.vmm.peer import AllowedPeers
-
-DEFAULT_PATH: Final = Path("/etc/postcopyd/postcopyd.toml")
-DEFAULT_CONTROL: Final = "/run/postcopyd/control.sock"
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 NAME_RULE: Final = "1 to 64 of the letters A-Z and a-z, digits, '.', '_' and '-'"
@@ -162,11 +160,11 @@ class StaticMigration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole configuration."""
 
-    control: _SocketPath = DEFAULT_CONTROL
+    control: _SocketPath = paths.CONTROL
     control_mode: _Mode = 0o660
     control_group: _Group = ""
     control_users: _Users = ()
-    handoff: _SocketPath = "/run/postcopyd/handoff.sock"
+    handoff: _SocketPath = paths.HANDOFF
     handoff_mode: _Mode = 0o660
     handoff_group: _Group = ""
     handoff_users: _Users = ()
@@ -226,17 +224,17 @@ def parse(text: str, source: str) -> Configuration:
 def _find_duplicates(configuration: Configuration, lines: Lines) -> list[Problem]:
     problems = []
     names: set[str] = set()
-    paths = {configuration.control}
-    if configuration.handoff in paths:
+    taken = {configuration.control}
+    if configuration.handoff in taken:
         problems.append(Problem(lines.of(("handoff",)), "handoff is the control socket's path"))
-    paths.add(configuration.handoff)
+    taken.add(configuration.handoff)
     for number, entry in enumerate(configuration.migration):
         if entry.name in names:
             line = lines.of(("migration", number, "name"))
             problems.append(Problem(line, f"there are two migrations named {entry.name!r}"))
-        if entry.handoff and entry.handoff in paths:
+        if entry.handoff and entry.handoff in taken:
             line = lines.of(("migration", number, "handoff"))
             problems.append(Problem(line, f"{entry.handoff!r} is the path of another socket"))
         names.add(entry.name)
-        paths.add(entry.handoff)
+        taken.add(entry.handoff)
     return problems

@@ -98,6 +98,11 @@ class FaultHandler:
             finally:
                 faults.clear()
 
+    def drain(self) -> None:
+        """Read and forget every event that is left, so that nobody waits for its being read."""
+        while any(True for _ in self._read_events()):
+            pass
+
     def _answer(self, faults: list[int]) -> None:
         now = perf_counter_ns()
         waiting = self._waiting

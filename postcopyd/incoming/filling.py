@@ -278,6 +278,8 @@ class MemoryFilling:
         self.stop()
         for block in self.blocks:
             userfaultfd.unregister(block.address, block.length)
+        # A thread of the VMM that gave memory back sleeps until its event is read.
+        self._faults.drain()
         self.waiting.clear()
         return never_sent
 

@@ -98,6 +98,7 @@ class IncomingMigration:
         self._never_sent: int | None = None
         self._removed_before = False
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._emptying: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = asyncio.Event()
         self._final_report: Report | None = None
@@ -285,7 +286,8 @@ class IncomingMigration:
         assert self._vmm is not None and self._filling is not None
         handshake.check_advise(message, self._filling.blocks, self._return_path_open)
         await self._vmm.advise()
-        await self._loop.run_in_executor(None, self._filling.empty)
+        self._emptying = self._loop.run_in_executor(None, self._filling.empty)
+        await asyncio.shield(self._emptying)
         self._step(State.ADVISE)
 
     def _take_discard(self, message: Discard) -> None:
@@ -511,12 +513,22 @@ class IncomingMigration:
             if task is not current:
                 task.cancel()
         self._drop_stream()
+        self._loop.remove_reader(self._quit)
+        os.close(self._quit)
+        if self._emptying is not None and not self._emptying.done():
+            # A thread is at work on the memory files: closing one under it would let it loose on
+            # whatever gets the descriptor's number next.
+            self._emptying.add_done_callback(self._release_memory)
+        else:
+            self._release_memory()
+
+    def _release_memory(self, emptied: asyncio.Future[None] | None = None) -> None:
+        if emptied is not None and not emptied.cancelled():
+            emptied.exception()  # it has ended anyway: why does not matter any more
         if self._filling is not None:
             self._filling.close()
         if self._vmm is not None:
             self._vmm.close()
-        self._loop.remove_reader(self._quit)
-        os.close(self._quit)
         self._finished.set()
 
     # -- helpers -----------------------------------------------------------------------------

@@ -284,3 +284,28 @@ async def test_threads_that_fault_while_the_background_streams_see_only_right_by
         assert result == content[page * PAGE : (page + 1) * PAGE]
     assert await content_of(engine.guest) == content
     assert engine.migration.report().counters.pages_by_fault == 100
+
+
+async def test_a_balloon_at_work_at_the_end_is_not_left_asleep(make_engine: MakeEngine) -> None:
+    """Who gives memory back sleeps until its event is read; nobody would read it later."""
+    engine = make_engine(pages=256)
+    await start(engine)
+    await engine.source.postcopy("pc.ram", image(64), range(0, 64 * PAGE, PAGE))
+    await engine.source.end()
+    removers = [engine.guest.remove(page) for page in range(64, 256)]
+    await engine.source.wait_for_shut()
+    for remover in removers:
+        await asyncio.to_thread(remover.join, LIMIT)
+        assert not remover.is_alive()
+
+
+async def test_cancelling_while_memory_is_being_emptied_waits_for_that(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=1024, shared=True)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.wait_for_pong(1)
+    engine.migration.cancel("too slow")
+    await engine.finish()
+    assert engine.migration.state is State.FAILED

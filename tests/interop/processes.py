@@ -73,17 +73,20 @@ async def running_daemon(directory: Path) -> AsyncIterator[Daemon]:
 
 
 async def _ready(process: asyncio.subprocess.Process, notified: socket.socket, log: Path) -> None:
-    ended = asyncio.create_task(process.wait())
+    """Return when the daemon has said READY=1; fail at once when it ends instead."""
     loop = asyncio.get_running_loop()
 
     async def ready() -> None:
         while b"READY=1" not in (await loop.sock_recv(notified, 4096)).splitlines():
             pass
 
-    told = asyncio.create_task(ready())
-    await asyncio.wait((ended, told), timeout=DEADLINE, return_when=asyncio.FIRST_COMPLETED)
-    assert told.done() and not ended.done(), f"the daemon is not ready: {log.read_text()}"
-    ended.cancel()
+    told, ended = loop.create_task(ready()), loop.create_task(process.wait())
+    try:
+        await asyncio.wait((told, ended), timeout=DEADLINE, return_when=asyncio.FIRST_COMPLETED)
+        assert told.done(), f"the daemon is not ready: {log.read_text()}"
+    finally:
+        told.cancel()
+        ended.cancel()
 
 
 @dataclass

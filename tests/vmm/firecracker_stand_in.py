@@ -23,7 +23,6 @@ from postcopyd.kernel.memory import Mapping
 from postcopyd.kernel.userfaultfd import Feature, Operation, RegisterMode, Userfaultfd
 from tests.vmm.content import PAGE, content_of
 
-HUGE = 2 << 20
 _VCPUS = 3
 
 _libc = ctypes.CDLL(None)
@@ -48,8 +47,12 @@ class FirecrackerStandIn:
         lengths: Sequence[int],
         generation: Generation = Generation.V1_12,
         features: Feature = Feature.EVENT_REMOVE,
+        page_size: int = PAGE,
     ) -> None:
-        self.regions = [Mapping.anonymous(length) for length in lengths]
+        huge = page_size if page_size > PAGE else None
+        if huge:
+            features |= Feature.MISSING_HUGETLBFS
+        self.regions = [Mapping.anonymous(length, huge) for length in lengths]
         self.userfaultfd = Userfaultfd.open()
         self.userfaultfd.handshake(features)
         self.descriptors = [self.userfaultfd.fileno()]
@@ -65,7 +68,7 @@ class FirecrackerStandIn:
                     "base_host_virt_addr": region.address,
                     "size": region.length,
                     "offset": offset,
-                    **dict.fromkeys(generation.value, PAGE),
+                    **dict.fromkeys(generation.value, page_size),
                 }
             )
             offset += region.length
@@ -99,13 +102,15 @@ class FirecrackerStandIn:
             region.close()
 
 
-def run(path: Path, pipe: Connection, lengths: Sequence[int], generation: Generation) -> None:
+def run(
+    path: Path, pipe: Connection, lengths: Sequence[int], generation: Generation, page_size: int
+) -> None:
     """Be a whole VMM: hand over, run, tell through `pipe` which pages were wrong.
 
     The socket is closed at once, as versions up to 1.11 do. When every vCPU has seen its pages, a
     balloon takes the first half of each region back, and those pages must read as zeros.
     """
-    with FirecrackerStandIn(lengths, generation) as vmm:
+    with FirecrackerStandIn(lengths, generation, page_size=page_size) as vmm:
         vmm.hand_over(path).close()
         pages = [
             (f"region{number}", page, region.address + page * PAGE)

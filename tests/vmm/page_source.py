@@ -67,14 +67,13 @@ class PageSource:
                 self._place(block, address - address % block.page_size)
 
     def _place(self, block: HandedBlock, address: int) -> None:
-        if address in self._removed:
-            result = self._userfaultfd.zeropage(address, block.page_size)
-        else:
+        content = bytes(block.page_size)
+        if address not in self._removed:
             first = (address - block.address) // PAGE
             pages = range(first, first + block.page_size // PAGE)
             content = b"".join(content_of(block.name, page) for page in pages)
-            self._staging.view[: len(content)] = content
-            result = self._userfaultfd.copy(address, self._staging.address, block.page_size)
+        self._staging.view[: len(content)] = content
+        result = self._userfaultfd.copy(address, self._staging.address, block.page_size)
         if result == kernel.PRESENT:
             self._userfaultfd.wake(address, block.page_size)
         elif result == kernel.CHANGING:

@@ -26,6 +26,7 @@ from tests.vmm.handoffs import LIMIT, PAGE, Handoffs, open_descriptors
 from tests.vmm.page_source import PageSource
 
 LENGTHS = (96 * PAGE, 32 * PAGE)
+HUGE = 2 << 20
 
 
 @pytest.fixture
@@ -36,13 +37,17 @@ def stand_in() -> Iterator[FirecrackerStandIn]:
 
 @contextmanager
 def running(
-    handoffs: Handoffs, generation: Generation = Generation.V1_12
+    handoffs: Handoffs,
+    generation: Generation = Generation.V1_12,
+    lengths: tuple[int, ...] = LENGTHS,
+    page_size: int = PAGE,
 ) -> Iterator[tuple[multiprocessing.process.BaseProcess, Connection]]:
     """Run a whole VMM in a process of its own; kill it at the end."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=firecracker_stand_in.run, args=(handoffs.path, theirs, LENGTHS, generation)
+        target=firecracker_stand_in.run,
+        args=(handoffs.path, theirs, lengths, generation, page_size),
     )
     process.start()
     theirs.close()
@@ -98,6 +103,27 @@ async def test_a_whole_vmm_runs_on_memory_that_is_served(
         assert source.faults >= sum(LENGTHS) // PAGE
         vmm.complete()
         source.stop()
+
+
+@pytest.mark.parametrize("generation", [Generation.V1_7, Generation.V1_12])
+async def test_huge_pages_are_served_whole(
+    handoffs: Handoffs, generation: Generation, huge_pages: Callable[[int], None]
+) -> None:
+    huge_pages(4)
+    with running(handoffs, generation, (4 * HUGE,), HUGE) as (_, pipe):
+        vmm = await handoffs.firecracker_vmm()
+        assert vmm.memory.blocks[0].page_size == HUGE
+        source = PageSource(vmm)
+        source.listen()
+        assert await said(pipe) == []
+        source.stop()
+
+
+async def test_a_vmm_that_cannot_be_watched_is_refused(
+    handoffs: Handoffs, stand_in: FirecrackerStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("postcopyd.vmm.handoff.peer_pidfd", lambda connection, peer: None)
+    assert "its end would go unnoticed" in await refusal_of(handoffs, stand_in)
 
 
 async def test_a_thread_that_waits_since_before_the_handoff_gets_its_page(
@@ -220,8 +246,8 @@ MISTAKES: dict[str, tuple[Change, str]] = {
         lambda vmm: vmm.message[1].update(base_host_virt_addr=PAGE, size=PAGE),
         "block 'region1': 0x1000 to 0x2000 is not mapped",
     ),
-    "huge pages that are none": (
-        lambda vmm: vmm.message[0].update(page_size=2 << 20, size=2 << 20),
+    "a region that is no whole huge pages": (
+        lambda vmm: vmm.message[0].update(page_size=HUGE),
         "is not a multiple of the page size 2097152",
     ),
 }

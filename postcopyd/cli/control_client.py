@@ -1,0 +1,122 @@
+"""Speaks to the daemon's control API; blocking, and quick to import."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+_TIMEOUT: Final = 30.0  # seconds for an answer that nothing has to be waited for
+
+
+class ControlError(Exception):
+    """The daemon did not do what was asked."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        """For programs: a code of the control API, or `unreachable`."""
+        self.message = message
+        self.hint = hint
+        """What to do; empty when there is nothing to say."""
+
+
+class ControlClient:
+    """One daemon. Every call opens a connection of its own, so calls may come from any thread.
+
+    A migration is returned as the control API gives it (`postcopyd.incoming.report.Report` as a
+    dictionary, and `listen` and `handoff` with it). Every call raises `ControlError`.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Speak to the daemon whose control socket is at `path`."""
+        self._path = path
+
+    def list(self) -> list[dict[str, Any]]:
+        """Return all migrations."""
+        migrations: list[dict[str, Any]] = self._ask("GET", "/v1/migrations")["migrations"]
+        return migrations
+
+    def show(self, name: str) -> dict[str, Any]:
+        """Return one migration."""
+        return self._ask("GET", _path_of(name))
+
+    def create(self, name: str, listen: str = "", handoff: str = "") -> dict[str, Any]:
+        """Create a migration; an address left empty is the daemon's choice."""
+        wish = {"name": name, "listen": listen, "handoff": handoff}
+        return self._ask("POST", "/v1/migrations", json.dumps(wish).encode())
+
+    def wait(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+        """Return the migration when it has ended, or as it stands after `timeout` seconds."""
+        path = _path_of(name) + "/wait"
+        if timeout is None:
+            return self._ask("GET", path, within=None)
+        return self._ask("GET", f"{path}?timeout={timeout:g}", within=timeout + _TIMEOUT)
+
+    def cancel(self, name: str, force: bool = False) -> dict[str, Any]:
+        """Cancel the migration, or forget it if it has ended."""
+        query = "?" + urlencode({"force": 1}) if force else ""
+        return self._ask("DELETE", _path_of(name) + query)
+
+    def check(self) -> dict[str, Any]:
+        """Return what the host can do, as the daemon sees it."""
+        return self._ask("GET", "/v1/check", within=60.0)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None = None, within: float | None = _TIMEOUT
+    ) -> dict[str, Any]:
+        connection = _UnixConnection(self._path, within)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        except TimeoutError:
+            raise ControlError(
+                "unreachable",
+                f"postcopyd at {self._path} does not answer",
+                "systemctl status postcopyd tells how it is",
+            ) from None
+        except OSError as error:
+            raise ControlError(
+                "unreachable",
+                f"postcopyd at {self._path} cannot be reached: {error.strerror or error}",
+                _remedy(error),
+            ) from error
+        except (http.client.HTTPException, ValueError) as error:
+            raise ControlError(
+                "unreachable",
+                f"what listens at {self._path} does not speak as postcopyd does",
+                "give the path of the control socket: --control PATH",
+            ) from error
+        finally:
+            connection.close()
+        if response.status >= http.client.BAD_REQUEST:
+            raise ControlError(**answer["error"])
+        result: dict[str, Any] = answer
+        return result
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float | None) -> None:
+        super().__init__("postcopyd", timeout=timeout)
+        self._socket_path = path
+
+    def connect(self) -> None:
+        """Connect to the socket instead of a host."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._socket_path)
+
+
+def _path_of(name: str) -> str:
+    return "/v1/migrations/" + quote(name, safe="")
+
+
+def _remedy(error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return "control_users and control_group in the configuration say who may"
+    return "is it running (systemctl start postcopyd)? Is it another socket (--control PATH)?"

@@ -1,0 +1,9 @@
+"""Where things are unless somebody says otherwise; quick to import."""
+
+from __future__ import annotations
+
+from typing import Final
+
+CONFIGURATION: Final = "/etc/postcopyd/postcopyd.toml"
+CONTROL: Final = "/run/postcopyd/control.sock"
+HANDOFF: Final = "/run/postcopyd/handoff.sock"
