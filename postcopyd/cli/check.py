@@ -9,7 +9,7 @@ from typing import Any
 from postcopyd.cli.output import console, print_json
 
 
-def register(subparsers: Any) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "check",

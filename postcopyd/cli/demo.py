@@ -221,7 +221,9 @@ async def _migrate(
             length = sum(path.stat().st_size for path in images.values())
             with Progress("Migrating", length) as progress:
                 while not told.done():
-                    await asyncio.wait({told}, timeout=_POLL)
+                    await asyncio.wait({told, sent}, timeout=_POLL)
+                    if sent.done():
+                        sent.result()  # a source that could not send is the end of it
                     report = await asyncio.to_thread(client.show, _NAME)
                     progress.update(report["received"], f"{report['counters']['faults']} faults")
             guest, source_told = await told, await sent

@@ -13,7 +13,7 @@ from postcopyd.cli.sizes import format_size
 _PROGRAM = "postcopyctl"
 
 
-def register(subparsers: Any) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands."""
     _add(subparsers, "list", _list, "list the migrations")
     show = _add(subparsers, "show", _show, "show a migration in full")

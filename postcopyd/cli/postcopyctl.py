@@ -26,6 +26,7 @@ _MODULES: Final = {
     "wait": "postcopyd.cli.migrations",
     "cancel": "postcopyd.cli.migrations",
     "send": "postcopyd.cli.send",
+    "demo": "postcopyd.cli.demo",
 }
 
 FAILED: Final = 1

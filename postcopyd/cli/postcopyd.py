@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--config",
         type=Path,
         metavar="FILE",
-        help=f"the configuration (default: {paths.CONFIGURATION}, or every default if that is not there)",
+        help=f"the configuration (default: {paths.CONFIGURATION}; without it every default)",
     )
     serve.set_defaults(func=_serve)
     check = subparsers.add_parser(
@@ -62,6 +62,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     configuration = Configuration() if path is None else _load(path)
     if configuration is None:
         return WRONG
+    # structlog takes rich along where there is one, for tracebacks that the daemon does not draw:
+    # 5 MiB for as long as it runs. What is None here cannot be imported.
+    sys.modules["rich"] = None  # type: ignore[assignment]
     # Imported only now: a mistake in the configuration is told at once.
     import uvloop
 

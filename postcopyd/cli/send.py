@@ -20,6 +20,7 @@ from postcopyd.outgoing.image import BlockFile, ImageError, MemoryImage
 from postcopyd.outgoing.report import Report
 from postcopyd.outgoing.source import MigrationFailed, OutgoingMigration, Settings
 from postcopyd.wire.address import Address
+from postcopyd.wire.device_state import wrap_device_state
 from postcopyd.wire.stream_format import SMALLEST_HOST_PAGE
 
 _DONE: Final = 0
@@ -54,7 +55,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "may be given more than once",
     )
     parser.add_argument(
-        "--device-state", type=Path, metavar="FILE", help="QEMU device sections for the package"
+        "--device-state",
+        type=Path,
+        metavar="FILE",
+        help="what the VMM is given when it is to run: QEMU device sections, or bytes of its own",
     )
     parser.add_argument(
         "--machine",
@@ -117,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             state = arguments.device_state
             migration = OutgoingMigration(
                 image,
-                state.read_bytes() if state else b"",
+                wrap_device_state(state.read_bytes()) if state else b"",
                 Settings(arguments.machine, arguments.precopy_passes, arguments.max_bandwidth),
                 progress=progress,
             )

@@ -115,7 +115,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What may queue in a stream's socket before a page that a fault waits for, KiB."""
     descriptors: Annotated[
         int, Meta(ge=256, le=1 << 20, description="a number from 256 to 1048576")
-    ] = 65536
+    ] = 4096
     """Descriptors that the daemon may have open."""
 
 

@@ -119,8 +119,7 @@ def _console(stream: TextIO) -> list[structlog.typing.Processor]:
     return [
         structlog.dev.ConsoleRenderer(
             colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-        ),
-        _end_line,
+        )
     ]
 
 
@@ -128,11 +127,7 @@ def _json() -> list[structlog.typing.Processor]:
     def encode(event: Mapping[str, Any], **_: object) -> str:
         return msgspec.json.encode(event, enc_hook=str).decode()
 
-    return [structlog.processors.JSONRenderer(encode), _end_line]
-
-
-def _end_line(logger: object, method: str, rendered: Any) -> Any:
-    return f"{rendered}\n"
+    return [structlog.processors.JSONRenderer(encode)]
 
 
 # -- the journal -----------------------------------------------------------------------------

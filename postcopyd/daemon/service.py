@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any, Final
 
 from postcopyd.daemon import process, sockets
@@ -46,7 +47,7 @@ class _Service:
         self._configuration = configuration
         self._manager = manager
         self._registry = Registry(configuration, self._changed)
-        self._opened: list[socket.socket] = []
+        self._opened: dict[str, socket.socket] = {}
         self._handoff: HandoffListener | None = None
         self._control: ControlApi | None = None
         self._ready = False
@@ -90,7 +91,7 @@ class _Service:
             listener = handed_over.pop(path, None)
             if listener is None:
                 listener = sockets.open_unix_listener(path, mode, group)
-                self._opened.append(listener)
+                self._opened[path] = listener
             return listener
 
         control = of(configuration.control, configuration.control_mode, configuration.control_group)
@@ -115,14 +116,13 @@ class _Service:
     async def close(self) -> None:
         """Close everything. After `stop` no migration is left; before it all are given up."""
         await self._registry.stop(wait=False)
-        for listener in self._opened:
-            sockets.remove_socket_file(listener)
         if self._control is not None:
             await self._control.close()
         if self._handoff is not None:
             await self._handoff.close()
-        for listener in self._opened:
+        for path, listener in self._opened.items():
             listener.close()
+            Path(path).unlink(missing_ok=True)
         self._manager.close()
 
     def _take_signal(self, number: signal.Signals) -> None:

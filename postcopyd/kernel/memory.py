@@ -21,21 +21,6 @@ _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-_mmap = libc.mmap
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-)
-_munmap = libc.munmap
-_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_madvise = libc.madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 _ADVICE_NAMES = {value: name for name, value in vars(mmap).items() if name.startswith("MADV_")}
 
@@ -48,7 +33,7 @@ class Mapping:
 
     def __init__(self, length: int, protection: int, flags: int, descriptor: int, offset: int):
         """Map `length` bytes; one of the constructors below reads better."""
-        address = _mmap(None, length, protection, flags, descriptor, offset)
+        address = libc.mmap(None, length, protection, flags, descriptor, offset)
         if address == _MAP_FAILED:
             hint = ""
             if flags & _MAP_HUGETLB:
@@ -116,7 +101,7 @@ class Mapping:
             self.view = _view_of(array, self._writable)
             raise BufferError(f"the memory at {self.address:#x} is still in use")
         self._closed = True
-        if _munmap(self.address, self.length) < 0:
+        if libc.munmap(self.address, self.length) < 0:
             raise failure(f"unmapping {self.address:#x}+{self.length:#x}", last_errno())
 
     def __enter__(self) -> Self:
@@ -146,7 +131,7 @@ def advise(address: int, length: int, advice: int) -> None:
         locked in memory (DONTNEED), or the kernel is built without such pages (HUGEPAGE), or
         is none that the advice is for (EINVAL).
     """
-    if _madvise(address, length, advice) < 0:
+    if libc.madvise(address, length, advice) < 0:
         code = last_errno()
         name = _ADVICE_NAMES.get(advice, str(advice))
         hint = ""

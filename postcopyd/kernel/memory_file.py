@@ -16,9 +16,6 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _HUGETLBFS_MAGIC = 0x958458F6
 
-_fallocate = libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
 
 def create(name: str, size: int, huge_page_size: int | None = None, sealable: bool = True) -> int:
     """Return the close-on-exec descriptor of a new memory file of `size` bytes, all zeros.
@@ -81,7 +78,7 @@ def punch_hole(descriptor: int, offset: int, length: int) -> None:
 
     :raise OSError: if the file is sealed (EPERM), or is none that has memory (EOPNOTSUPP).
     """
-    if _fallocate(descriptor, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
+    if libc.fallocate(descriptor, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
         raise failure(f"punching a hole of {length:#x} bytes at {offset:#x}", last_errno())
 
 
@@ -107,7 +104,7 @@ def huge_page_size_of(descriptor: int) -> int | None:
     """
     # struct statfs begins with f_type and f_bsize, both long, on every 64-bit machine.
     status = (ctypes.c_long * 32)()
-    if libc.fstatfs(ctypes.c_int(descriptor), ctypes.byref(status)) < 0:
+    if libc.fstatfs(descriptor, ctypes.byref(status)) < 0:
         raise failure(f"asking for the file system of descriptor {descriptor}", last_errno())
     kind, block_size = int(status[0]), int(status[1])
     return block_size if kind == _HUGETLBFS_MAGIC else None

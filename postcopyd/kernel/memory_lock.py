@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import re
 from pathlib import Path
@@ -13,11 +12,6 @@ _MCL_CURRENT = 1
 _MCL_FUTURE = 2
 _MCL_ONFAULT = 4
 _HINT = "give the right CAP_IPC_LOCK, or raise the limit RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)"
-
-_mlock = libc.mlock
-_mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_munlock = libc.munlock
-_munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def lock_all(on_fault: bool) -> None:
@@ -44,7 +38,7 @@ def lock(address: int, length: int) -> None:
     :raise OSError: if the limit of locked memory is too low, or a part is not mapped (ENOMEM), or
         the limit is zero (EPERM).
     """
-    if _mlock(address, length) < 0:
+    if libc.mlock(address, length) < 0:
         raise _failure(f"locking {address:#x}+{length:#x}")
 
 
@@ -53,7 +47,7 @@ def unlock(address: int, length: int) -> None:
 
     :raise OSError: if a part is not mapped (ENOMEM).
     """
-    if _munlock(address, length) < 0:
+    if libc.munlock(address, length) < 0:
         raise failure(f"unlocking {address:#x}+{length:#x}", last_errno())
 
 

@@ -10,7 +10,33 @@ import ctypes
 import os
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
+
+_INT = ctypes.c_int
+_SIZE = ctypes.c_size_t
+_OFFSET = ctypes.c_int64
+_ADDRESS = ctypes.c_void_p
+
+# What is called through `libc`: result, arguments.
+_PROTOTYPES = {
+    "fallocate": (_INT, (_INT, _INT, _OFFSET, _OFFSET)),
+    "fstatfs": (_INT, (_INT, _ADDRESS)),
+    "madvise": (_INT, (_ADDRESS, _SIZE, _INT)),
+    "memcpy": (_ADDRESS, (_ADDRESS, _ADDRESS, _SIZE)),
+    "memset": (_ADDRESS, (_ADDRESS, _INT, _SIZE)),
+    "mlock": (_INT, (_ADDRESS, _SIZE)),
+    "mlockall": (_INT, (_INT,)),
+    "mmap": (_ADDRESS, (_ADDRESS, _SIZE, _INT, _INT, _INT, _OFFSET)),
+    "munlock": (_INT, (_ADDRESS, _SIZE)),
+    "munlockall": (_INT, ()),
+    "munmap": (_INT, (_ADDRESS, _SIZE)),
+    "write": (ctypes.c_ssize_t, (_INT, _ADDRESS, _SIZE)),
+}
+for _name, (_result, _arguments) in _PROTOTYPES.items():
+    _function = libc[_name]
+    _function.restype = _result
+    _function.argtypes = _arguments
+    setattr(libc, _name, _function)
+libc.syscall.restype = ctypes.c_long  # its arguments vary
 
 
 def failure(attempt: str, code: int, hint: str = "") -> OSError:

@@ -24,6 +24,12 @@ class UserfaultfdUnavailable(OSError):
     Its errno is that of the system call.
     """
 
+    def __init__(self, code: int, detail: str, remedy: str) -> None:
+        super().__init__(code, f"{detail}. {remedy}")
+        self.detail = detail
+        """What was tried, and what the kernel said."""
+        self.remedy = remedy
+
 
 def open_userfaultfd(user_mode_only: bool) -> int:
     """Return a new descriptor, close-on-exec and non-blocking: by system call, else by device.
@@ -41,8 +47,8 @@ def open_userfaultfd(user_mode_only: bool) -> int:
         code = by_system_call.errno or errno.EPERM
         raise UserfaultfdUnavailable(
             code,
-            f"no userfaultfd: userfaultfd(2): {os.strerror(code)}; "
-            f"{_DEVICE}: {error.strerror}. {_what_to_do(code, user_mode_only)}",
+            f"no userfaultfd: userfaultfd(2): {os.strerror(code)}; {_DEVICE}: {error.strerror}",
+            _what_to_do(code, user_mode_only),
         ) from by_system_call
 
 

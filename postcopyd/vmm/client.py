@@ -30,6 +30,7 @@ from postcopyd.kernel import memory, memory_lock
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd, UserfaultfdUnavailable
 from postcopyd.vmm.client_block import Block
 from postcopyd.wire import handoff as wire
+from postcopyd.wire.device_state import unwrap_device_state
 from postcopyd.wire.errors import ProtocolError
 
 __all__ = ["Block", "Destination", "MigrationFailed"]
@@ -133,7 +134,7 @@ class Destination:
     # -- what the VMM calls, in this order -----------------------------------------------------
 
     def wait_for_device_state(self, timeout: float | None = None) -> bytes:
-        """Serve postcopyd until the device state comes; return it.
+        """Serve postcopyd until the device state comes; return what the source was given.
 
         The blocks are emptied on the way: nothing may rely on what is in them.
 
@@ -342,7 +343,7 @@ class Destination:
         finally:
             os.close(descriptor)
         self._at_stake = True
-        return device_state
+        return unwrap_device_state(device_state)
 
     def _complete(self) -> None:
         self.completed = True

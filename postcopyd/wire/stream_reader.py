@@ -50,7 +50,7 @@ class StreamReader:
 
     What it allocates is bounded, whatever comes: 644 KiB and 513 KiB of buffers, used as far as
     bytes come; the device package, twice while it is completed, and only as far as it has come;
-    the block list; and the messages of one `received`, 24 MiB at the very most (if a source fills
+    the block list; and the messages of one `received`, 12 MiB at the very most (if a source fills
     what is received at once with the shortest records there are).
     """
 

@@ -9,18 +9,9 @@ from pathlib import Path
 import pytest
 
 from postcopyd.outgoing.image import BlockFile
+from tests.outgoing.destination import tcp_pair
 
 PAGE = 4096
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        # Small, and before the handshake: what queues at the receiver is not ours to bound.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
-        near = socket.create_connection(listener.getsockname())
-        far, _ = listener.accept()
-    far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return near, far
 
 
 @pytest.fixture(params=["tcp", "unix"])

@@ -20,6 +20,17 @@ LIMIT = 20.0
 """Seconds after which a wait is a failure."""
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection over loopback, the source's first."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Small, and before the handshake: what queues at the receiver is not ours to bound.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
 class Destination:
     """The far end of `connection`. Whatever the source does wrong is an assertion."""
 
@@ -45,20 +56,26 @@ class Destination:
 
     async def run(self) -> None:
         """Receive until the end, confirm it, and see the source close."""
-        loop = asyncio.get_running_loop()
+        await self.receive_until(lambda: self._reader.ended)
+        self._reader.connection_lost()
+        assert not self._missing, f"{len(self._missing or ())} pages have not come"
+        if self.confirm:
+            self.say(self.writer.shut(0))
+            assert await self._receive() == b""
+
+    async def receive_until(self, done: Callable[[], bool]) -> None:
+        """Receive until `done()`, which is asked whenever something was received."""
+        while not done():
+            data = await self._receive()
+            assert data, "the source closed the connection"
+            self.stream += data
+            for message in self._reader.feed(data):
+                self._take(message)
+                self.on_message(message)
+
+    async def _receive(self) -> bytes:
         async with asyncio.timeout(LIMIT):
-            while not self._reader.ended:
-                data = await loop.sock_recv(self.connection, 256 << 10)
-                assert data, "the source closed the connection"
-                self.stream += data
-                for message in self._reader.feed(data):
-                    self._take(message)
-                    self.on_message(message)
-            self._reader.connection_lost()
-            assert not self._missing, f"{len(self._missing or ())} pages have not come"
-            if self.confirm:
-                self.say(self.writer.shut(0))
-                assert await loop.sock_recv(self.connection, 1) == b""
+            return await asyncio.get_running_loop().sock_recv(self.connection, 64 << 10)
 
     def say(self, message: bytes) -> None:
         """Send `message` on the return path."""

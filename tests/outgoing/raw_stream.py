@@ -58,9 +58,7 @@ class RawStream:
         assert self.place == len(data), f"{len(data) - self.place} bytes behind the end"
 
     def _take(self, count: int) -> bytes:
-        assert self.place + count <= len(self.data), (
-            f"{count} bytes at {self.place}: beyond the end"
-        )
+        assert self.place + count <= len(self.data), f"{count} bytes at {self.place}"
         self.place += count
         return self.data[self.place - count : self.place]
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from postcopyd.wire import stream_writer as writer
 from postcopyd.wire.errors import ProtocolError
+from postcopyd.wire.messages import Package
 from postcopyd.wire.package import check_package, parse_package
 from tests.wire.streams import CAPTURES, DEVICES, captured, read
 
@@ -40,11 +41,7 @@ def test_a_section_whose_content_looks_like_pings_is_not_stripped() -> None:
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_a_real_package_loses_only_its_ends(name: str) -> None:
-    data = next(
-        event.data
-        for event in read(captured(name))
-        if type(event).__name__ == "Package"  # type: ignore[union-attr]
-    )
+    data = next(event.data for event in read(captured(name)) if isinstance(event, Package))
     contents = parse_package(data)
     assert data == data[:5] + contents.device_state + writer.ping(3) + data[-5:]
     assert contents.device_state[0] == 0x04

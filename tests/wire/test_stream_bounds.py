@@ -13,7 +13,7 @@ from postcopyd.wire.messages import BlockEntry, Discard, Message
 from postcopyd.wire.stream_reader import StreamLimits, StreamReader
 from tests.wire.streams import PAGE, RAM, SECTION_ID, VGA, head, put, until_pages
 
-MESSAGES = 24 << 20
+MESSAGES = 12 << 20
 """What the messages of one `received` may take, as the reader's docstring says."""
 FIXED = 1 << 20
 """The reader itself, without the memory maps that tracemalloc does not see."""
@@ -51,7 +51,7 @@ def one_by_one_behind_a_guess() -> bytes:
     return data
 
 
-SHORT = {
+SHORT: dict[str, Callable[[], bytes]] = {
     "zero pages of two blocks": alternating,
     "zero pages at random": lambda: (
         until_pages(ram := writer.StreamWriter(SECTION_ID))

@@ -1,0 +1,114 @@
+"""The protocol of sd_notify, against a datagram socket that takes systemd's place."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from postcopyd.daemon.notify import ServiceManager
+from tests.support import belongings
+
+
+def a_path(directory: Path) -> str:
+    return str(directory / "notify")
+
+
+def an_abstract_name(directory: Path) -> str:
+    return f"\0postcopyd-test-{os.getpid()}"
+
+
+@pytest.fixture(params=[a_path, an_abstract_name])
+def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.socket]:
+    address: Callable[[Path], str] = request.param
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(address(tmp_path))
+        listener.settimeout(10)
+        yield listener
+
+
+def environment_of(systemd: socket.socket) -> dict[str, str]:
+    name = systemd.getsockname()
+    return {"NOTIFY_SOCKET": "@" + name[1:].decode() if isinstance(name, bytes) else name}
+
+
+async def test_what_is_told_arrives(systemd: socket.socket) -> None:
+    before = belongings()
+    manager = ServiceManager(environment_of(systemd))
+    manager.ready("up")
+    manager.status("one migration")
+    manager.stopping("going down")
+    manager.close()
+    assert systemd.recv(4096) == b"READY=1\nSTATUS=up"
+    assert systemd.recv(4096) == b"STATUS=one migration"
+    assert systemd.recv(4096) == b"STOPPING=1\nSTATUS=going down"
+    assert belongings() == before
+
+
+async def test_the_same_status_is_told_once(systemd: socket.socket) -> None:
+    manager = ServiceManager(environment_of(systemd))
+    manager.status("a")
+    manager.status("a")
+    manager.status("b")
+    manager.close()
+    assert [systemd.recv(4096) for _ in range(2)] == [b"STATUS=a", b"STATUS=b"]
+
+
+async def test_the_watchdog_is_fed_twice_as_often_as_asked(systemd: socket.socket) -> None:
+    environment = environment_of(systemd) | {
+        "WATCHDOG_USEC": "200000",
+        "WATCHDOG_PID": str(os.getpid()),
+    }
+    manager = ServiceManager(environment)
+    systemd.setblocking(False)
+    loop = asyncio.get_running_loop()
+    manager.ready("up")
+    assert await loop.sock_recv(systemd, 4096) == b"READY=1\nSTATUS=up"
+    times = []
+    for _ in range(4):
+        assert await asyncio.wait_for(loop.sock_recv(systemd, 4096), 10) == b"WATCHDOG=1"
+        times.append(loop.time())
+    manager.close()
+    assert all(later - earlier > 0.05 for earlier, later in zip(times, times[1:], strict=False))
+    assert times[-1] - times[0] >= 0.29
+
+
+@pytest.mark.parametrize(
+    "watchdog",
+    [{"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, {}],
+    ids=["off", "of another process", "none"],
+)
+async def test_a_watchdog_that_is_not_ours_is_left_alone(
+    systemd: socket.socket, watchdog: dict[str, str]
+) -> None:
+    manager = ServiceManager(environment_of(systemd) | watchdog)
+    manager.ready("up")
+    manager.stopping("down")
+    manager.close()
+    assert systemd.recv(4096).startswith(b"READY=1")
+    assert systemd.recv(4096).startswith(b"STOPPING=1")
+
+
+async def test_no_child_process_can_speak_in_our_name(systemd: socket.socket) -> None:
+    environment = environment_of(systemd) | {
+        "WATCHDOG_USEC": "1",
+        "WATCHDOG_PID": "1",
+        "PATH": "/bin",
+    }
+    ServiceManager(environment).close()
+    assert environment == {"PATH": "/bin"}
+
+
+@pytest.mark.parametrize("name", ["", "relative", "/no/such/socket"])
+async def test_a_manager_that_is_not_there_is_no_matter(name: str) -> None:
+    before = belongings()
+    manager = ServiceManager({"NOTIFY_SOCKET": name})
+    manager.ready("up")
+    manager.stopping("down")
+    manager.close()
+    manager.close()
+    assert belongings() == before
