@@ -9,6 +9,7 @@ from typing import Any
 from postcopyd.cli.control_client import ControlClient
 from postcopyd.cli.output import console, print_error, print_json
 from postcopyd.cli.sizes import format_size
+from postcopyd.daemon.printable import printable
 
 _PROGRAM = "postcopyctl"
 
@@ -137,7 +138,7 @@ def _print_list(migrations: Iterable[dict[str, Any]]) -> None:
         table.add_column(title, justify="right" if right else "left", no_wrap=title == "NAME")
     for migration in migrations:
         source = migration["peer"] or f"(waited for at {_listed(migration['listen'])})"
-        table.add_row(
+        cells = (
             migration["name"],
             migration["state"],
             f"{format_size(migration['received'])} of {format_size(migration['length'])}",
@@ -145,6 +146,7 @@ def _print_list(migrations: Iterable[dict[str, Any]]) -> None:
             migration["vmm"] or "(waited for)",
             source,
         )
+        table.add_row(*map(printable, cells))
     console().print(table, markup=False)
 
 
@@ -156,7 +158,7 @@ def _print_one(migration: dict[str, Any], as_json: bool) -> None:
 
     facts = Table(box=None, pad_edge=False, show_header=False)
     for title, value in _facts(migration):
-        facts.add_row(title, value)
+        facts.add_row(title, printable(value))
     out = console()
     out.print(facts, markup=False)
     if migration["blocks"]:
@@ -165,7 +167,9 @@ def _print_one(migration: dict[str, Any], as_json: bool) -> None:
             blocks.add_column(title, justify="left" if title == "BLOCK" else "right")
         for block in migration["blocks"]:
             sizes = (format_size(block["length"]), format_size(block["page_size"]))
-            blocks.add_row(block["name"], *sizes, str(block["pages"]), str(block["received"]))
+            blocks.add_row(
+                printable(block["name"]), *sizes, str(block["pages"]), str(block["received"])
+            )
         out.print()
         out.print(blocks, markup=False)
 

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+from postcopyd.daemon.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,9 +21,9 @@ def print_json(value: Any) -> None:
 
 def print_error(program: str, message: str, hint: str = "") -> None:
     """Print what is wrong, and beneath it what to do, on standard error."""
-    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program}: {printable(message)}", file=sys.stderr)
     if hint:
-        print(f"  {hint}", file=sys.stderr)
+        print(f"  {printable(hint)}", file=sys.stderr)
 
 
 def console() -> Console:

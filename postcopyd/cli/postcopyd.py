@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -70,16 +71,19 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from postcopyd.daemon import logging, service
 
-    try:
-        logging.configure(configuration.log.level, configuration.log.format)
-    except OSError as error:
-        print_error(_PROGRAM, str(error), 'set format under [log] to "auto"')
-        return FAILED
-    try:
-        uvloop.run(service.serve(configuration, os.environ))
-    except service.CannotStart as error:
-        logging.get_logger().error("cannot start", reason=str(error))
-        return FAILED
+    with ExitStack() as resources:
+        try:
+            resources.enter_context(
+                logging.configured(configuration.log.level, configuration.log.format)
+            )
+        except OSError as error:
+            print_error(_PROGRAM, str(error), 'set format under [log] to "auto"')
+            return FAILED
+        try:
+            uvloop.run(service.serve(configuration, os.environ))
+        except service.CannotStart as error:
+            logging.get_logger().error("cannot start", reason=str(error))
+            return FAILED
     return 0
 
 

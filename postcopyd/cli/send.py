@@ -138,6 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
         if progress is not None:
             progress.close()
     report = migration.report() if migration is not None else None
+    if failure == "interrupted" and report is not None and report.failure is not None:
+        failure = f"interrupted: {report.failure}"
     if arguments.json:
         print(json.dumps(_summary(report, failure)))
     if failure is not None:

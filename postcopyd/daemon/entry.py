@@ -11,7 +11,7 @@ import msgspec
 
 from postcopyd.daemon import event_log
 from postcopyd.daemon.acceptor import Acceptor
-from postcopyd.daemon.sockets import address_of, remove_socket_file
+from postcopyd.daemon.sockets import address_of, remove_file_of
 from postcopyd.incoming.events import Event, StateChanged
 from postcopyd.incoming.migration import IncomingMigration, Refused
 from postcopyd.incoming.report import Report
@@ -117,10 +117,10 @@ class Entry:
         await migration.wait()
         self._report = migration.report()
         self._migration = None
-        remove_socket_file(self._stream_listener)
+        remove_file_of(self._stream_listener)
         self._acceptor.close()
         if self._handoff_listener is not None and self._handoff_socket is not None:
-            remove_socket_file(self._handoff_socket)
+            remove_file_of(self._handoff_socket)
             await self._handoff_listener.close()
         self._on_change()
 

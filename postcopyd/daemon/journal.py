@@ -21,6 +21,9 @@ DEFAULT_PATH: Final = "/run/systemd/journal/socket"
 
 _FIELD_NAME_LIMIT: Final = 64
 
+# What a datagram socket says whose journald has ended, and may have been started anew.
+_UNCONNECTED: Final = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN)
+
 
 def is_journal(stream: TextIO, journal_stream: str) -> bool:
     """Tell whether `stream` goes to the journal anyway.
@@ -70,7 +73,7 @@ class Journal:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._path = path
         self.lost = 0
-        """Entries that journald did not take in time."""
+        """Entries that journald has not taken since the last one that it has."""
         try:
             self._connect()
         except OSError:
@@ -78,17 +81,19 @@ class Journal:
             raise
 
     def send(self, fields: Iterable[tuple[str, str]]) -> None:
-        """Write one entry. An entry that journald does not take is lost, and counted in `lost`."""
+        """Write one entry. If journald does not take it, it is lost; the next one says how many."""
         entry = encode_entry(fields)
+        if self.lost:
+            entry += encode_entry([("POSTCOPYD_ENTRIES_LOST", str(self.lost))])
         try:
-            self._send(entry)
-        except (ConnectionRefusedError, ConnectionResetError, BrokenPipeError):
-            # journald has been started anew.
             try:
+                self._send(entry)
+            except OSError as error:
+                if error.errno not in _UNCONNECTED:
+                    raise
                 self._connect()
                 self._send(entry)
-            except OSError:
-                self.lost += 1
+            self.lost = 0
         except OSError:
             self.lost += 1
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final, Literal, TextIO
 
 import msgspec
 import structlog
 
 from postcopyd.daemon import journal
+from postcopyd.daemon.printable import printable
 
 Format = Literal["auto", "console", "json", "journal"]
 
@@ -34,10 +37,11 @@ _IDENTIFIER: Final = "postcopyd"
 _ONLY_FOR_JOURNAL: Final = ("message_id", "code_file", "code_line", "code_func")
 
 
-def configure(
+@contextmanager
+def configured(
     level: str, format: Format, *, stream: TextIO | None = None, journal_path: str | None = None
-) -> None:
-    """Send log events from here on where the configuration says.
+) -> Iterator[None]:
+    """Send log events where the configuration says, until the block is left.
 
     What libraries log through `logging` from warnings on takes the same way.
 
@@ -55,27 +59,33 @@ def configure(
         _add_caller,
         structlog.processors.format_exc_info,
     ]
-    if format == "journal":
-        connection = journal.Journal(journal_path or journal.DEFAULT_PATH)
-        processors.append(_JournalRenderer(connection))
-        factory: Any = _JournalLoggerFactory(connection)
-    else:
-        processors += [_drop_journal_fields, structlog.processors.TimeStamper("iso", utc=True)]
-        processors += _json() if format == "json" else _console(stream)
-        factory = structlog.WriteLoggerFactory(stream)
-    structlog.configure(
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=factory,
-        cache_logger_on_first_use=False,
-    )
-    root = logging.getLogger()
-    root.handlers = [_FromLibraries(logging.WARNING)]
-    root.setLevel(logging.WARNING)
+    factory: Callable[..., Any]
+    with ExitStack() as resources:
+        if format == "journal":
+            connection = journal.Journal(journal_path or journal.DEFAULT_PATH)
+            resources.callback(connection.close)
+            processors.append(_render_for_journal)
+            factory = partial(_JournalLogger, connection)
+        else:
+            time = structlog.processors.TimeStamper("iso", utc=True)
+            renderer = _json() if format == "json" else _console(stream)
+            processors += [_drop_journal_fields, time, *renderer]
+            factory = structlog.WriteLoggerFactory(stream)
+        structlog.configure(
+            processors=processors,
+            wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+            logger_factory=factory,
+        )
+        resources.callback(structlog.reset_defaults)
+        root = logging.getLogger()
+        handler = _FromLibraries(logging.WARNING)
+        root.addHandler(handler)
+        resources.callback(root.removeHandler, handler)
+        yield
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:
-    """Return a logger of the configuration that is in force when it is first used."""
+    """Return a logger that does as is configured when it is used."""
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
     return logger
 
@@ -116,11 +126,19 @@ def _drop_journal_fields(
 
 
 def _console(stream: TextIO) -> list[structlog.typing.Processor]:
-    return [
-        structlog.dev.ConsoleRenderer(
-            colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
-    ]
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+    return [_make_printable, renderer]
+
+
+def _make_printable(
+    logger: object, method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    for name, value in event.items():
+        if isinstance(value, str) and name != "exception":
+            event[name] = printable(value)
+    return event
 
 
 def _json() -> list[structlog.typing.Processor]:
@@ -133,18 +151,11 @@ def _json() -> list[structlog.typing.Processor]:
 # -- the journal -----------------------------------------------------------------------------
 
 
-class _JournalRenderer:
-    """Makes journal fields of an event."""
-
-    def __init__(self, connection: journal.Journal) -> None:
-        self._journal = connection
-
-    def __call__(
-        self, logger: object, method: str, event: MutableMapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._journal.lost:
-            event["entries_lost_before"], self._journal.lost = self._journal.lost, 0
-        return (list(_journal_fields(event)),), {}
+def _render_for_journal(
+    logger: object, method: str, event: MutableMapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the one argument of the logger's method: the fields of the entry."""
+    return (list(_journal_fields(event)),), {}
 
 
 def _journal_fields(event: MutableMapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -167,18 +178,10 @@ def _journal_fields(event: MutableMapping[str, Any]) -> Iterator[tuple[str, str]
 class _JournalLogger:
     """What structlog calls at the end: every level does the same."""
 
-    def __init__(self, connection: journal.Journal) -> None:
+    def __init__(self, connection: journal.Journal, *_: object) -> None:
         self._journal = connection
 
     def msg(self, fields: list[tuple[str, str]]) -> None:
         self._journal.send(fields)
 
     debug = info = warning = error = critical = exception = msg
-
-
-class _JournalLoggerFactory:
-    def __init__(self, connection: journal.Journal) -> None:
-        self._logger = _JournalLogger(connection)
-
-    def __call__(self, *_: object) -> _JournalLogger:
-        return self._logger

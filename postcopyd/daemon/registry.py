@@ -109,7 +109,7 @@ class Registry:
                 entry = Entry(name, self._settings, stream_listener, self._on_change)
             except OSError:
                 for listener in filter(None, (stream_listener, handoff_socket)):
-                    sockets.remove_socket_file(listener)
+                    sockets.remove_file_of(listener)
                     listener.close()
                 raise
         except OSError as error:

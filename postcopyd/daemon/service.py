@@ -6,7 +6,6 @@ import asyncio
 import signal
 import socket
 from collections.abc import MutableMapping
-from pathlib import Path
 from typing import Any, Final
 
 from postcopyd.daemon import process, sockets
@@ -56,7 +55,7 @@ class _Service:
         """Open everything, then tell that we are ready."""
         configuration = self._configuration
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(_log_unexpected)
+        loop.set_exception_handler(log_unexpected)
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._take_signal, number)
         process.allow_descriptors(configuration.limits.descriptors)
@@ -122,7 +121,7 @@ class _Service:
             await self._handoff.close()
         for path, listener in self._opened.items():
             listener.close()
-            Path(path).unlink(missing_ok=True)
+            sockets.remove_file(path)
         self._manager.close()
 
     def _take_signal(self, number: signal.Signals) -> None:
@@ -147,7 +146,7 @@ class _Service:
         )
 
 
-def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what nobody caught; the daemon and every migration go on."""
     error = context.get("exception")
     get_logger().error(

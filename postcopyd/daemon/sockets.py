@@ -116,11 +116,16 @@ def open_unix_listener(path: str, mode: int, group: str) -> socket.socket:
     return listener
 
 
-def remove_socket_file(listener: socket.socket) -> None:
+def remove_file_of(listener: socket.socket) -> None:
     """Remove the file of a Unix socket that was opened here; call it before closing."""
     if listener.family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            Path(listener.getsockname()).unlink()
+        remove_file(listener.getsockname())
+
+
+def remove_file(path: str) -> None:
+    """Remove the file of a socket. One that is not there is no matter."""
+    with contextlib.suppress(OSError):
+        Path(path).unlink()
 
 
 def _remove_if_dead(path: str) -> None:

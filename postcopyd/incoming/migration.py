@@ -170,7 +170,6 @@ class IncomingMigration:
             raise Refused(f"migration {self.name!r} is {self.state.value}: it takes no stream")
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._settings.receive_buffer)
         self._connection = connection
         self.peer = peer
         self._stream = StreamConnection(
@@ -180,6 +179,7 @@ class IncomingMigration:
             deliver=self._deliver,
             faults_first=self._faults_first,
             lost=self._stream_lost,
+            fault_window=self._settings.receive_buffer,
         )
         self._return_path = ReturnPath(self._loop, connection, self._stream_lost)
         self._trace(events.StreamAttached(peer))
@@ -361,6 +361,8 @@ class IncomingMigration:
         return_path = self._return_path
         if return_path is None or self.state not in (State.LISTENING, State.RUNNING):
             return
+        if self._stream is not None:
+            self._stream.faults_wait()
         request_page = return_path.writer.request_page
         return_path.send(
             b"".join(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Iterator
 
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Message
 from postcopyd.wire.stream_reader import StreamReader
+
+_TCP_WINDOW_CLAMP = 10  # linux/tcp.h; the socket module has no name for it
+_WIDE_WINDOW = 1 << 30
+_QUIET = 0.05
+"""Seconds without a fault after which the source may fill the socket's buffer again."""
 
 _RECEIVES_A_TURN = 4
 """Receives in one turn of the event loop; in between the faults are looked after."""
@@ -30,6 +36,7 @@ class StreamConnection:
         deliver: Callable[[Message], None],
         faults_first: Callable[[], None],
         lost: Callable[[Exception], None],
+        fault_window: int,
     ) -> None:
         """Take over `connection`; nothing is received before `resume`.
 
@@ -37,6 +44,7 @@ class StreamConnection:
         :param faults_first: called between receives, so that no burst of pages delays a fault.
         :param lost: called once, when the stream stops or is wrong; the connection is of no use
             any more.
+        :param fault_window: bytes that may queue in a TCP connection while faults come.
         """
         connection.setblocking(False)
         self._loop = loop
@@ -50,6 +58,10 @@ class StreamConnection:
         self._waiting: Iterator[Message] = iter(())
         self._reading = False
         self._paused = True
+        self._tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+        self._fault_window = fault_window
+        self._window_is_narrow = False
+        self._last_fault = 0.0
         self.closed = False
         self.bytes_received = 0
 
@@ -73,6 +85,33 @@ class StreamConnection:
         if self._deliver_waiting() and not self._reading:
             self._loop.add_reader(self._descriptor, self._readable)
             self._reading = True
+
+    def faults_wait(self) -> None:
+        """Keep what queues before a requested page short, until no fault has come for a while.
+
+        What the source has sent already is in front of whatever it sends now, so the receive
+        window is the delay: narrow while faults come, wide for a background stream alone.
+        """
+        self._last_fault = self._loop.time()
+        if self._tcp and not self._window_is_narrow and not self.closed:
+            self._window_is_narrow = True
+            self._clamp_window(self._fault_window)
+            self._loop.call_later(_QUIET, self._widen_when_quiet)
+
+    def _widen_when_quiet(self) -> None:
+        if self.closed:
+            return
+        quiet = self._loop.time() - self._last_fault
+        if quiet < _QUIET:
+            self._loop.call_later(_QUIET - quiet, self._widen_when_quiet)
+        else:
+            self._window_is_narrow = False
+            self._clamp_window(_WIDE_WINDOW)
+
+    def _clamp_window(self, size: int) -> None:
+        # A connection that has just broken tells so when it is read.
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_WINDOW_CLAMP, size)
 
     def _readable(self) -> None:
         try:

@@ -60,8 +60,8 @@ class Mapping:
         """Map private memory that reads as zeros.
 
         :param huge_page_size: bytes, `length` is a multiple of it; None for ordinary pages.
-        :param reserve: whether huge pages are set aside for it now. If not, touching it when none
-            is free kills the process.
+        :param reserve: whether memory is promised to it now: huge pages, or what the kernel's
+            overcommit policy counts. If not, touching it when there is none kills the process.
         :raise OSError: if there is no address space or not that many huge pages (ENOMEM), or if
             the kernel has none of that size (EINVAL, ENODEV).
         """

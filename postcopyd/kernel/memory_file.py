@@ -73,8 +73,8 @@ def seals(descriptor: int) -> int:
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
     """Give the memory of a range back: it reads as zeros, and is missing where it is mapped.
 
-    Where a page is covered only in part, that part is filled with zeros; a huge page that is
-    covered only in part stays as it is.
+    Where a page, huge or not, is covered only in part, that part is filled with zeros and the page
+    stays. (Huge pages: since Linux 5.19; before, that part is left alone.)
 
     :raise OSError: if the file is sealed (EPERM), or is none that has memory (EOPNOTSUPP).
     """

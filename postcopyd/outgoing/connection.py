@@ -9,6 +9,7 @@ it the requests.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -61,7 +62,7 @@ async def connect(address: Address) -> socket.socket:
             f"cannot connect to {address}: no answer in {_CONNECT_SECONDS} s"
         ) from None
     except OSError as error:
-        raise ConnectionLost(f"cannot connect to {address}: {error.strerror or error}") from error
+        raise ConnectionLost(f"cannot connect to {address}: {_reason(error)}") from error
 
 
 async def _connect_one(
@@ -85,14 +86,13 @@ class Connection:
 
         :param received: called with what the destination sent; what it raises ends the connection
             and is raised by `send` and `until`.
-        :raise OSError: if the socket is no stream socket that can be set up.
+        :raise OSError: if the socket, closed then, is no stream socket that can be set up.
         """
-        connection.setblocking(False)
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT_LIMIT)
-            for option in _KEEPALIVE:
-                connection.setsockopt(*option)
+        try:
+            _set_up(connection)
+        except OSError:
+            connection.close()
+            raise
         self._loop = asyncio.get_running_loop()
         self._socket = connection
         self._descriptor = connection.fileno()
@@ -253,5 +253,21 @@ class Connection:
             self._waiter.set_result(None)
 
 
+def _set_up(connection: socket.socket) -> None:
+    connection.setblocking(False)
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT_LIMIT)
+        for option in _KEEPALIVE:
+            connection.setsockopt(*option)
+
+
 def _lost(error: OSError) -> ConnectionLost:
-    return ConnectionLost(f"the connection was lost: {error.strerror or error}")
+    return ConnectionLost(f"the connection was lost: {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
+    """Return what the system says of it; event loops put texts of their own in its place."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or str(error)  # of a name that is not resolved

@@ -131,22 +131,28 @@ class OutgoingMigration:
         if self._connection is not None:
             raise RuntimeError("an outgoing migration runs once")
         self._account = Account(time.monotonic)
-        self._connection = Connection(connection, self._receive)
         try:
+            self._connection = Connection(connection, self._receive)
             self._report_progress()
             await self._migrate(self._connection)
         except (ConnectionLost, ProtocolError) as error:
-            failure = self._failure(error)
-            self._account.failure = str(failure)
-            raise failure from error
+            what = str(error)
+            if isinstance(error, ProtocolError):
+                what = f"the destination broke the protocol of the return path: {what}"
+            failure = self._account.failure = self._explain(what)
+            raise MigrationFailed(failure, self._schedule is not None) from error
+        except asyncio.CancelledError:
+            self._account.failure = self._explain("cancelled")
+            raise
         except BaseException as error:
-            self._account.failure = f"{type(error).__name__}: {error}"
+            self._account.failure = self._explain(f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._connection.close()
-            self._enter(Phase.FAILED if self._account.failure else Phase.COMPLETED)
+            if self._connection is not None:
+                self._connection.close()
             if self._progress_timer is not None:
                 self._progress_timer.cancel()
+            self._enter(Phase.FAILED if self._account.failure else Phase.COMPLETED)
         return self.report()
 
     def report(self) -> Report:
@@ -271,16 +277,13 @@ class OutgoingMigration:
                 _PROGRESS_SECONDS, self._report_progress
             )
 
-    def _failure(self, error: ConnectionLost | ProtocolError) -> MigrationFailed:
-        what = str(error)
-        if isinstance(error, ProtocolError):
-            what = f"the destination broke the protocol of the return path: {what}"
-        after_package = self._schedule is not None
-        if after_package:
-            then = "the package had been sent: the guest must not go on here"
-        else:
+    def _explain(self, what: str) -> str:
+        """Return what went wrong, where it did, and what that means for the guest."""
+        if self._schedule is None:
             then = "the package had not been sent: the guest can go on here"
-        return MigrationFailed(f"{what} (phase {self._account.phase.value}; {then})", after_package)
+        else:
+            then = "the package had been sent: the guest must not go on here"
+        return f"{what} (phase {self._account.phase.value}; {then})"
 
 
 def _checked_package(device_state: bytes) -> bytes:

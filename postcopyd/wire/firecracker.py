@@ -80,10 +80,7 @@ class RegionsReader:
                 break
             token = match.group()
             if token == b"\\":
-                if match.end() == len(self._text):  # what it escapes is still to come
-                    self._seen = match.start()
-                    break
-                self._seen = match.end() + 1
+                self._seen = match.end() + 1  # what it escapes, which may still be to come
                 continue
             self._seen = match.end()
             if token == b'"':

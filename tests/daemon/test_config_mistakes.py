@@ -117,7 +117,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 def test_a_file_that_is_not_text_is_a_mistake(tmp_path: Path) -> None:
     path = tmp_path / "binary.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigurationError, match="binary.toml: not UTF-8"):
+    with pytest.raises(ConfigurationError, match=r"binary\.toml: not UTF-8"):
         load(path)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ async def test_the_watchdog_is_fed_twice_as_often_as_asked(systemd: socket.socke
         assert await asyncio.wait_for(loop.sock_recv(systemd, 4096), 10) == b"WATCHDOG=1"
         times.append(loop.time())
     manager.close()
-    assert all(later - earlier > 0.05 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier > 0.05 for earlier, later in pairwise(times))
     assert times[-1] - times[0] >= 0.29
 
 

@@ -34,13 +34,13 @@ _LAYOUT: Final = {
     "ROM_COPY": ROM_COPY,
     "FILES": FILES,
     "ONCE": 2 << 20,
-    "ONCE_END": 6 << 20,
-    "SPARSE": 6 << 20,
-    "SPARSE_END": 18 << 20,
-    "EVERY": 18 << 20,
-    "EVERY_END": 34 << 20,
-    "TOGGLE": 34 << 20,
-    "TOGGLE_END": 38 << 20,
+    "ONCE_END": 4 << 20,
+    "SPARSE": 4 << 20,
+    "SPARSE_END": 12 << 20,
+    "EVERY": 12 << 20,
+    "EVERY_END": 28 << 20,
+    "TOGGLE": 28 << 20,
+    "TOGGLE_END": 32 << 20,
 }
 
 _DIRECTORY_ENTRY: Final = struct.Struct(">IHH56s")

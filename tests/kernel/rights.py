@@ -15,6 +15,9 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
+# Where in struct seccomp_data.
+_NUMBER = 0
+_SECOND_ARGUMENT = 24
 
 
 def _prctl(option: int, *arguments: int) -> None:
@@ -34,12 +37,23 @@ def drop_rights() -> None:
 
 def forbid_userfaultfd(code: int) -> None:
     """Have the kernel answer userfaultfd(2) with an errno (seccomp), as containers do."""
-    # struct sock_filter: load the number; if it is this one, refuse, else allow.
+    _filter((_NUMBER, _SYSTEM_CALL[platform.machine()]), code)
+
+
+def answer_ioctl(request: int, code: int) -> None:
+    """Have the kernel answer an ioctl with an errno; 0 is a success that does nothing."""
+    _filter((_SECOND_ARGUMENT, request), code)
+
+
+def _filter(match: tuple[int, int], code: int) -> None:
+    """Answer the system calls of which a word of struct seccomp_data has a value."""
+    place, value = match
+    # struct sock_filter: load the word; if it is the value, answer, else allow.
     program = b"".join(
         struct.pack("HBBI", *instruction)
         for instruction in (
-            (0x20, 0, 0, 0),
-            (0x15, 0, 1, _SYSTEM_CALL[platform.machine()]),
+            (0x20, 0, 0, place),
+            (0x15, 0, 1, value),
             (0x06, 0, 0, 0x00050000 | code),
             (0x06, 0, 0, 0x7FFF0000),
         )

@@ -15,7 +15,7 @@ from postcopyd.outgoing.image import BlockFile, MemoryImage
 from postcopyd.outgoing.report import Phase, Report
 from postcopyd.outgoing.source import OutgoingMigration, Settings
 from postcopyd.wire.messages import Message, Package, Pages, ZeroPages
-from postcopyd.wire.stream_writer import device_section
+from postcopyd.wire.stream_writer import device_section, ping
 from tests.outgoing.destination import Destination, migrate, no_descriptor_left, tcp_pair
 from tests.outgoing.raw_stream import RawStream
 
@@ -347,6 +347,7 @@ async def test_a_migration_runs_once(pair: Pair, make_block: MakeBlock) -> None:
     [
         (b"raw registers", Settings(), "not made of device sections"),
         (DEVICES[:-1], Settings(), "no footer"),
+        (DEVICES + ping(3), Settings(), "ends with a PING"),
         (b"", Settings(machine=""), "1 to 255 bytes"),
         (b"", Settings(machine="x" * 256), "1 to 255 bytes"),
         (b"", Settings(precopy_passes=-1), "-1 pre-copy passes"),

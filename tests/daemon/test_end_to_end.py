@@ -1,0 +1,198 @@
+"""The main job: a daemon, a VMM that hands over its memory, a source that streams it in."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postcopyd.wire import stream_writer
+from tests.daemon.daemon_process import RunningDaemon, running_daemon
+from tests.support import LIMIT, ROOT
+
+PAGE = 4096
+LENGTHS = {"pc.ram": 8 << 20, "pc.rom": 64 << 10}
+DEVICE_STATE = stream_writer.device_section(7, "timer", b"device state")
+
+
+class Guest:
+    """A VMM in a process of its own whose threads read all its memory while it arrives."""
+
+    def __init__(self, process: subprocess.Popen[str], directory: Path) -> None:
+        self.process = process
+        self._directory = directory
+
+    def says(self) -> dict[str, Any]:
+        """The next thing that it tells."""
+        assert self.process.stdout is not None
+        word: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return word
+
+    def memory(self) -> dict[str, bytes]:
+        """What its blocks hold at the end."""
+        return {
+            name: (self._directory / f"block-{number}").read_bytes()
+            for number, name in enumerate(LENGTHS)
+        }
+
+    def device_state(self) -> bytes:
+        """What it was given to load."""
+        return (self._directory / "device-state").read_bytes()
+
+
+@contextmanager
+def running_guest(daemon: RunningDaemon, name: str, kind: str) -> Iterator[Guest]:
+    directory = daemon.directory / f"guest-{name}"
+    directory.mkdir()
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tests.interop.stand_in_vmm"),
+            *(str(daemon.handoff), name, kind, str(directory)),
+            *(f"{block}={length}" for block, length in LENGTHS.items()),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield Guest(process, directory)
+        finally:
+            process.kill()
+
+
+class Image:
+    """A memory image: random pages, every fourth a hole, and a device state."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        directory.mkdir()
+        numbers = random.Random(seed)
+        self.memory: dict[str, bytes] = {}
+        self._options = ["--device-state", str(directory / "state")]
+        (directory / "state").write_bytes(DEVICE_STATE)
+        for name, length in LENGTHS.items():
+            content = b"".join(
+                bytes(PAGE) if page % 4 == 3 else numbers.randbytes(PAGE)
+                for page in range(length // PAGE)
+            )
+            (directory / name).write_bytes(content)
+            self.memory[name] = content
+            self._options += ["--block", f"{name}={directory / name}"]
+
+    def start_sending(self, address: str, *options: str) -> subprocess.Popen[str]:
+        """Run ``postcopyctl send``."""
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "postcopyd.cli.postcopyctl", "send", "--json", "--quiet"),
+                *("--to", address, *self._options, *options),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def assert_sent(source: subprocess.Popen[str]) -> None:
+    output, errors = source.communicate(timeout=LIMIT)
+    assert source.returncode == 0, errors
+    assert json.loads(output)["completed"]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
+    with running_daemon(tmp_path) as daemon:
+        yield daemon
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memory-file"])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_the_guest_runs_at_once_and_reads_only_what_the_source_holds(
+    daemon: RunningDaemon, tmp_path: Path, kind: str, passes: int
+) -> None:
+    image = Image(tmp_path / "image", seed=1)
+    before = daemon.descriptors()
+    with running_guest(daemon, "vm0", kind) as guest:
+        (listen,) = guest.says()["listen"]
+        source = image.start_sending(listen, "--precopy-passes", str(passes))
+        assert_sent(source)
+        assert guest.says() == {"complete": True, "changed": 0}
+        assert guest.process.wait(LIMIT) == 0
+    assert guest.memory() == image.memory
+    assert guest.device_state() == DEVICE_STATE
+    report = daemon.client.wait("vm0", LIMIT)
+    assert report["state"] == "end"
+    assert report["received"] == report["length"] == sum(LENGTHS.values())
+    assert report["listen"] == [listen]
+    assert report["counters"]["pages_by_fault"] > 0 or passes
+    daemon.wait_for_descriptors(before)
+    assert "Traceback" not in daemon.log
+
+
+def test_several_migrations_at_once_do_not_mix(daemon: RunningDaemon, tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    images = {name: Image(tmp_path / f"image-{name}", seed) for seed, name in enumerate(names)}
+    before = daemon.descriptors()
+    with ExitStack() as guests:
+        running = {
+            name: guests.enter_context(running_guest(daemon, name, "anonymous")) for name in names
+        }
+        sources = [
+            images[name].start_sending(guest.says()["listen"][0]) for name, guest in running.items()
+        ]
+        for source in sources:
+            assert_sent(source)
+        for name, guest in running.items():
+            assert guest.says() == {"complete": True, "changed": 0}
+            assert guest.process.wait(LIMIT) == 0
+            assert guest.memory() == images[name].memory
+    assert [daemon.client.wait(name, LIMIT)["state"] for name in names] == ["end"] * 3
+    daemon.wait_for_descriptors(before)
+
+
+def test_a_source_may_come_before_its_vmm_and_over_a_unix_socket(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    image = Image(tmp_path / "image", seed=2)
+    stream = tmp_path / "stream.sock"
+    created = daemon.client.create("vm0", listen=f"unix:{stream}")
+    assert created["listen"] == [f"unix:{stream}"]
+    source = image.start_sending(f"unix:{stream}")
+    daemon.wait_for_status(lambda status: "1 none" in status)
+    with running_guest(daemon, "vm0", "anonymous") as guest:
+        assert guest.says() == {"listen": [f"unix:{stream}"]}
+        assert_sent(source)
+        assert guest.says() == {"complete": True, "changed": 0}
+        assert guest.process.wait(LIMIT) == 0
+    assert guest.memory() == image.memory
+    assert daemon.client.wait("vm0", LIMIT)["state"] == "end"
+    assert not stream.exists()
+
+
+def test_a_vmm_that_dies_ends_its_migration_alone(daemon: RunningDaemon, tmp_path: Path) -> None:
+    image = Image(tmp_path / "image", seed=3)
+    before = daemon.descriptors()
+    with (
+        running_guest(daemon, "dies", "anonymous") as dying,
+        running_guest(daemon, "lives", "anonymous") as living,
+    ):
+        dying.says()
+        dying.process.kill()
+        report = daemon.client.wait("dies", LIMIT)
+        assert report["state"] == "failed"
+        assert "the VMM has gone" in report["failure"]
+        assert_sent(image.start_sending(living.says()["listen"][0]))
+        assert living.says() == {"complete": True, "changed": 0}
+        assert living.process.wait(LIMIT) == 0
+    assert living.memory() == image.memory
+    assert daemon.client.wait("lives", LIMIT)["state"] == "end"
+    daemon.wait_for_descriptors(before)
+    assert daemon.log.count("the migration has failed") == 1
