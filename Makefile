@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 	&& command -v $$python && break; done)
 VENV := .venv
 RUN := $(VENV)/bin
+FUZZ_SECONDS ?= 60
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/postcopyd
 
 # What the tests use beside Python: a real QEMU as the source (qemu-system-x86), its boot-sector
@@ -45,8 +46,11 @@ format: $(VENV)/installed-dev ## Format the code and sort its imports
 bench: debian-packages $(VENV)/installed-dev ## Measure against a destination written in C
 	@$(RUN)/python -m tests.bench
 
-fuzz: $(VENV)/installed-dev ## Fuzz the stream reader until interrupted
-	@$(RUN)/python -m tests.wire.fuzz
+fuzz: $(VENV)/installed-dev ## Fuzz each reader of the wire for FUZZ_SECONDS (60)
+	$(RUN)/python -m tests.fuzz.fuzz_stream stream --seconds $(FUZZ_SECONDS) \
+		--corpus $(CACHE)/fuzz/stream
+	$(RUN)/python -m tests.fuzz.fuzz_stream return-path --seconds $(FUZZ_SECONDS) \
+		--corpus $(CACHE)/fuzz/return-path
 
 clean: ## Remove the virtual environment and what tools have left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -108,6 +108,8 @@ class Connection:
         self._waiter: asyncio.Future[None] | None = None
         self.bytes_sent = 0
         """Bytes that the kernel has taken."""
+        self.crowded = False
+        """True when the kernel did not take the last batch at once."""
         self._loop.add_reader(self._descriptor, self._readable)
 
     # -- what a coroutine asks for ---------------------------------------------------------------
@@ -182,6 +184,7 @@ class Connection:
         batch = next(self._batches, None)
         if isinstance(batch, list):
             self._batch = batch
+            self.crowded = False
             return True
         self._remove_writer()
         if batch is None:
@@ -199,12 +202,14 @@ class Connection:
         try:
             sent = self._send_message(batch[:_MOST_BUFFERS])
         except (BlockingIOError, InterruptedError):
+            self.crowded = True
             return
         except OSError as error:
             raise _lost(error) from error
         self.bytes_sent += sent
         for place, buffer in enumerate(batch):
             if sent < len(buffer):
+                self.crowded = True
                 batch[: place + 1] = [memoryview(buffer)[sent:]]
                 return
             sent -= len(buffer)

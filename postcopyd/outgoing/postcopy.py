@@ -12,6 +12,8 @@ from postcopyd.outgoing.report import Counts
 from postcopyd.outgoing.schedule import Run, SendSchedule
 from postcopyd.wire.stream_format import TARGET_PAGE_SIZE
 
+_CROWDED_BYTES: Final = 32 << 10
+"""The size that batches of the scan begin with again when the connection is full. They double."""
 _SMOOTHING_SECONDS: Final = 0.01
 """A batch of the scan is at most what the bandwidth allows in this time."""
 
@@ -30,10 +32,12 @@ class PostcopyPages:
         bandwidth: Bandwidth,
         clock: Callable[[], float],
         counts: Counts,
+        crowded: Callable[[], bool],
     ) -> None:
         """Send what `schedule` says of `blocks`, which must not change any more.
 
         :param clock: seconds, never going back.
+        :param crowded: true if the connection could not take the last batch at once.
         :raise OSError: if a file cannot be asked for its holes.
         """
         self._blocks = blocks
@@ -42,10 +46,11 @@ class PostcopyPages:
         self._records = records
         self._bandwidth = bandwidth
         self._clock = clock
-        limit = BATCH_BYTES
+        self._crowded = crowded
+        self._most = BATCH_BYTES
         if bandwidth.rate is not None:
-            limit = min(limit, int(bandwidth.rate * _SMOOTHING_SECONDS))
-        self._scan_limit = limit
+            self._most = min(BATCH_BYTES, int(bandwidth.rate * _SMOOTHING_SECONDS) or 1)
+        self._scan_limit = min(_CROWDED_BYTES, self._most)
         self._counts = counts
         self.ended = False
         """True when the last batch has been made: the destination may know that it has all."""
@@ -78,13 +83,14 @@ class PostcopyPages:
 
     def _scanned(self) -> Iterator[Batch]:
         records = self._records
-        while not records.full:
-            run = self._schedule.take_scanned(min(CHUNK_BYTES, self._scan_limit))
+        # What is left of a batch that did not fit stands in front of the next request.
+        limit = _CROWDED_BYTES if self._crowded() else self._scan_limit * 2
+        limit = self._scan_limit = min(limit, self._most)
+        while not records.full and records.size < limit:
+            run = self._schedule.take_scanned(min(CHUNK_BYTES, limit))
             if run is None:
                 break
             yield from self._add(run)
-            if records.size >= self._scan_limit:
-                break
         yield self._take()
 
     def _take(self) -> Batch:

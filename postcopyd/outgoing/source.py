@@ -192,7 +192,7 @@ class OutgoingMigration:
         ]
         await connection.send([[b"".join((*discards, stream_writer.ping(2)))]])
         writer.forget_block()
-        postcopy = self._prepare_postcopy(stale, records)
+        postcopy = self._prepare_postcopy(stale, records, connection)
         await connection.send([[self._package, stream_writer.ping(4)]])
         self._account.package_sent()
         self._enter(Phase.POSTCOPY, self._account.counts.postcopy_bytes)
@@ -215,14 +215,22 @@ class OutgoingMigration:
             behind += sent.block.length
         return stale
 
-    def _prepare_postcopy(self, stale: list[bitarray], records: RamRecords) -> PostcopyPages:
+    def _prepare_postcopy(
+        self, stale: list[bitarray], records: RamRecords, connection: Connection
+    ) -> PostcopyPages:
         """Have everything ready that could fail, then allow requests: the package is next."""
         page_sizes = [block.page_size for block in self._image.blocks]
         schedule = SendSchedule(stale, page_sizes)
         counts = self._account.counts
         counts.postcopy_bytes = schedule.remaining
         self._postcopy = PostcopyPages(
-            self._image.blocks, schedule, records, self._bandwidth, time.monotonic, counts
+            self._image.blocks,
+            schedule,
+            records,
+            self._bandwidth,
+            time.monotonic,
+            counts,
+            lambda: connection.crowded,
         )
         self._schedule = schedule
         return self._postcopy

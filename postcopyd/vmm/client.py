@@ -39,10 +39,6 @@ _HELPFUL = Feature.THREAD_ID | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feat
 _RECEIVE = 64 << 10
 _ROOM = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 
-# When the last copy of a userfaultfd is closed, the threads that wait for memory read zeros. What
-# was given up while a VMM ran on its memory stays open here, until the process ends.
-_kept: set[Userfaultfd] = set()
-
 
 class MigrationFailed(Exception):
     """The handoff was refused, or the migration has ended without all memory; says why."""
@@ -126,8 +122,7 @@ class Destination:
         traceback: TracebackType | None,
     ) -> None:
         if self._at_stake:
-            _kept.add(self._userfaultfd)
-            self._close_connection()
+            self._close_connection()  # the userfaultfd stays open, and does not close by itself
         else:
             self.close()
 
@@ -186,7 +181,6 @@ class Destination:
         Before all memory has come this ends the migration, and missing memory reads as zeros.
         """
         self._close_connection()
-        _kept.discard(self._userfaultfd)
         self._userfaultfd.close()
 
     # -- the handoff -------------------------------------------------------------------------

@@ -190,6 +190,8 @@ class HandoffListener:
                 "no descriptor came with the message: the userfaultfd must be sent along "
                 "(SCM_RIGHTS)"
             )
+        checks.check_userfaultfd(descriptors[0])
+        checks.check_no_other_userfaultfd(descriptors[1:])
         native = isinstance(content, Handoff)
         if isinstance(content, Handoff):
             checks.check_name("the migration", content.name)
@@ -197,8 +199,6 @@ class HandoffListener:
         else:
             blocks = _firecracker_blocks(content)
         checks.check_blocks(blocks)
-        checks.check_userfaultfd(descriptors[0])
-        checks.check_no_other_userfaultfd(descriptors[1:])
         checks.check_memory_files(blocks)
         userfaultfd = Userfaultfd(descriptors.pop(0))
         resources.callback(userfaultfd.close)
@@ -307,7 +307,6 @@ def _native_blocks(content: Handoff, descriptors: Sequence[int]) -> tuple[Handed
                 file_offset=block.file_offset,
             )
         )
-    checks.check_no_other_userfaultfd(descriptors[1:])
     for number, descriptor in enumerate(descriptors):
         if number not in named:
             raise HandoffRefused(

@@ -44,6 +44,7 @@ class NativeVmm:
         self._resources = resources
         self._answers = wire.answer_reader()
         self._answer: asyncio.Future[wire.Answer] | None = None
+        self._one_question = asyncio.Lock()
         self._accepted = asyncio.Event()
         self._gone = asyncio.Event()
         self._broken: str | None = None
@@ -153,19 +154,20 @@ class NativeVmm:
         descriptor: int | None = None,
     ) -> None:
         await self._accepted.wait()
-        self._send(event, descriptor)
-        if self._broken is not None:
-            raise VmmFailure(self._broken)
         question = _name_of(event)
-        self._answer = self._loop.create_future()
-        try:
-            async with asyncio.timeout(within):
-                answer = await self._answer
-        except TimeoutError:
-            self._break(f"it has not answered {question} within {within:g} s")
-            raise VmmFailure(self._broken) from None
-        finally:
-            self._answer = None
+        async with self._one_question:
+            self._send(event, descriptor)
+            if self._broken is not None:
+                raise VmmFailure(self._broken)
+            self._answer = self._loop.create_future()
+            try:
+                async with asyncio.timeout(within):
+                    answer = await self._answer
+            except TimeoutError:
+                self._break(f"it has not answered {question} within {within:g} s")
+                raise VmmFailure(self._broken) from None
+            finally:
+                self._answer = None
         if isinstance(answer, wire.Refused):
             raise VmmFailure(f"it refused {question}: {answer.reason}")
         if not isinstance(answer, wanted):

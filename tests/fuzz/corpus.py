@@ -49,6 +49,15 @@ def stream_seeds() -> Iterator[bytes]:
         yield bytes((split | AT_THE_FIRST_PAGE,)) + records + commands + end
         yield bytes((split | AT_THE_FIRST_PAGE,)) + ram.ram_footer() + DEVICES
     yield b"\x0a" + head + ram.ram_footer() + end + writer.vm_description(b"{}")
+    # Pages expected, then zero pages as long as a page, then a page again, in receives of 9000.
+    again = writer.StreamWriter(SECTION_ID)
+    guess = b"".join(
+        header + page_content(place)
+        for place, header in enumerate(again.page_headers(RAM.name, range(0, 3 * PAGE, PAGE)))
+    )
+    zeros = again.zero_pages(RAM.name, range(0, 500 * PAGE, PAGE))
+    last = again.page(RAM.name, PAGE) + page_content(1) + again.ram_footer()
+    yield bytes((9 | AT_THE_FIRST_PAGE,)) + guess + zeros + last
     for name in CAPTURES:
         yield b"\x09" + captured(name)
 

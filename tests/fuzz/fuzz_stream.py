@@ -12,6 +12,7 @@ the plain reference parser, one input that takes 10 seconds, one allocation abov
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,8 +28,8 @@ from tests.fuzz.corpus import return_path_seeds, stream_seeds
 from tests.wire.reference_parser import ReferenceParser
 from tests.wire.streams import BLOCKS, receive, until_pages
 
-_LONGEST_INPUT = 13_000
-"""Three pages, so that every way of receiving them is gone through."""
+_LONGEST_INPUT = 22_000
+"""Five pages: a few that are expected, a guess that is wrong, and something behind it."""
 _RECEIVES = 300
 """Most receives of the chosen size; what is left then comes at once, to save time."""
 _SIZES = (1, 2, 7, 8, 9, 100, 4095, 4104, 4105, 9000, 70_000)
@@ -105,26 +106,29 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="keep interesting inputs here")
     parser.add_argument("--artifacts", type=Path, default=Path(), help="leave failures here")
     arguments = parser.parse_args()
+    if arguments.corpus is None:
+        # libFuzzer ends its process without unwinding, so another one has to clean up.
+        with tempfile.TemporaryDirectory() as directory:
+            itself = [sys.executable, "-m", "tests.fuzz.fuzz_stream"]
+            sys.exit(subprocess.call([*itself, *sys.argv[1:], "--corpus", directory]))
     one_input, seeds = TARGETS[arguments.target]
-    with tempfile.TemporaryDirectory() as directory:
-        corpus = arguments.corpus or Path(directory)
-        corpus.mkdir(parents=True, exist_ok=True)
-        for number, seed in enumerate(seeds()):
-            (corpus / f"seed-{number}").write_bytes(seed[:_LONGEST_INPUT])
-        atheris.Setup(
-            [
-                sys.argv[0],
-                str(corpus),
-                f"-max_total_time={arguments.seconds}",
-                f"-max_len={_LONGEST_INPUT}",
-                f"-artifact_prefix={arguments.artifacts}/",
-                "-timeout=10",
-                "-malloc_limit_mb=64",
-                "-rss_limit_mb=1024",
-            ],
-            one_input,
-        )
-        atheris.Fuzz()
+    arguments.corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(seeds()):
+        (arguments.corpus / f"seed-{number}").write_bytes(seed[:_LONGEST_INPUT])
+    atheris.Setup(
+        [
+            sys.argv[0],
+            str(arguments.corpus),
+            f"-max_total_time={arguments.seconds}",
+            f"-max_len={_LONGEST_INPUT}",
+            f"-artifact_prefix={arguments.artifacts}/",
+            "-timeout=10",
+            "-malloc_limit_mb=64",
+            "-rss_limit_mb=1024",
+        ],
+        one_input,
+    )
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

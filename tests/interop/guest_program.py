@@ -41,6 +41,8 @@ _LAYOUT: Final = {
     "EVERY_END": 28 << 20,
     "TOGGLE": 28 << 20,
     "TOGGLE_END": 32 << 20,
+    "WAVE": 32 << 20,
+    "WAVE_END": 36 << 20,
 }
 
 _DIRECTORY_ENTRY: Final = struct.Struct(">IHH56s")

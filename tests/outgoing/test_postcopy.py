@@ -10,7 +10,7 @@ from bitarray import bitarray
 from postcopyd.outgoing.bandwidth import Bandwidth
 from postcopyd.outgoing.image import BlockFile, MemoryImage
 from postcopyd.outgoing.postcopy import PostcopyPages
-from postcopyd.outgoing.records import BATCH_BYTES, Batch, Pause, RamRecords
+from postcopyd.outgoing.records import Batch, Pause, RamRecords
 from postcopyd.outgoing.report import Counts
 from postcopyd.outgoing.schedule import SendSchedule
 from postcopyd.wire.stream_writer import StreamWriter
@@ -25,6 +25,7 @@ class Sender:
 
     def __init__(self, image: MemoryImage, rate: int | None = None) -> None:
         self.now = 0.0
+        self.crowded = False
         self.counts = Counts()
         self.schedule = SendSchedule(
             [bitarray("1" * block.pages) for block in image.blocks],
@@ -37,6 +38,7 @@ class Sender:
             Bandwidth(rate),
             lambda: self.now,
             self.counts,
+            lambda: self.crowded,
         )
         self.batches: Iterator[Batch | Pause] = self.pages.batches()
 
@@ -79,13 +81,24 @@ def image(make_block: MakeBlock) -> Iterator[MemoryImage]:
 
 def test_a_request_goes_alone_with_the_next_batch(image: MemoryImage) -> None:
     sender = Sender(image)
-    first = sender.next()
-    assert len(first) >= BATCH_BYTES
+    sender.next()
     sender.schedule.request(0, 700)
     content = numbered(1000)[700 * PAGE : 701 * PAGE]
     assert sender.next() == record(700, content)
     assert sender.next().startswith(record(701, numbered(1000)[701 * PAGE : 702 * PAGE]))
     assert sender.counts.requests_answered == 1
+
+
+def test_batches_of_the_scan_grow_while_they_are_taken_whole_and_shrink_when_not(
+    image: MemoryImage,
+) -> None:
+    sender = Sender(image)
+    sizes = [len(sender.next()) >> 10 for _ in range(4)]
+    sender.crowded = True
+    sizes += [len(sender.next()) >> 10 for _ in range(2)]
+    sender.crowded = False
+    sizes += [len(sender.next()) >> 10 for _ in range(2)]
+    assert sizes == [64, 128, 256, 256, 32, 32, 64, 128]
 
 
 def test_a_pause_leaves_no_section_open_and_a_request_ends_it(image: MemoryImage) -> None:

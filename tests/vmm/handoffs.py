@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ class Handoffs:
     def __init__(self, path: Path, users: Sequence[int], timeout: float) -> None:
         self.path = path
         self.refusal_by_callback: Exception | None = None
+        self.before_registration: Callable[[NativeVmm], Awaitable[None]] | None = None
         self._vmms: asyncio.Queue[tuple[str | None, NativeVmm | FirecrackerVmm, str | None]]
         self._vmms = asyncio.Queue()
         self._refusals: asyncio.Queue[tuple[Peer, str]] = asyncio.Queue()
@@ -62,6 +63,9 @@ class Handoffs:
     async def _on_vmm(
         self, name: str | None, vmm: NativeVmm | FirecrackerVmm, wanted_listen: str | None
     ) -> Registration:
+        if self.before_registration is not None:
+            assert isinstance(vmm, NativeVmm)
+            await self.before_registration(vmm)
         if self.refusal_by_callback is not None:
             raise self.refusal_by_callback
         self._taken.append(vmm)

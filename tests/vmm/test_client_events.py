@@ -23,16 +23,21 @@ REGISTERED = {"event": "registered", "name": "vm0", "listen": []}
 
 
 class Script:
-    """A daemon that accepts one VMM, says its lines at once, and listens until the VMM is done."""
+    """A daemon that accepts one VMM, says its lines at once, and listens until the VMM is done.
 
-    def __init__(self, path: Path, lines: Sequence[object], device_state: int | None) -> None:
+    With `hang_up` it does not listen, but closes with all that the VMM has sent unread.
+    """
+
+    def __init__(
+        self, path: Path, lines: Sequence[object], device_state: int | None, hang_up: bool
+    ) -> None:
         self.received = b""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen()
         self._lines = lines
         self._device_state = device_state
-        self._hang_up = threading.Event()
+        self._hang_up = hang_up
         self._thread = threading.Thread(target=self._play)
         self._thread.start()
 
@@ -48,6 +53,8 @@ class Script:
                     connection.sendall(data)
             if self._lines and self._lines[-1] == b"":
                 connection.shutdown(socket.SHUT_WR)
+            if self._hang_up:
+                return
             with contextlib.suppress(ConnectionResetError):
                 while received := connection.recv(65536):
                     self.received += received
@@ -65,8 +72,10 @@ class Script:
 
 
 @contextmanager
-def scripted(path: Path, *lines: object, device_state: int | None = None) -> Iterator[Script]:
-    script = Script(path, lines, device_state)
+def scripted(
+    path: Path, *lines: object, device_state: int | None = None, hang_up: bool = False
+) -> Iterator[Script]:
+    script = Script(path, lines, device_state, hang_up)
     try:
         yield script
     finally:
@@ -213,6 +222,37 @@ def test_a_refusal_raises_with_the_reason(path: Path, block: Block) -> None:
         pytest.raises(MigrationFailed, match="migration 'vm0' has a VMM"),
     ):
         Destination(path, "vm0", [block])
+
+
+def test_a_refusal_that_comes_before_the_handoff_was_sent_is_read(path: Path, block: Block) -> None:
+    too_much_for_the_socket = [
+        Block.at(f"{number:0128}", block.address, block.length) for number in range(4096)
+    ]
+    with (
+        scripted(path, {"event": "failed", "reason": "not allowed"}, hang_up=True),
+        pytest.raises(MigrationFailed, match="not allowed"),
+    ):
+        Destination(path, "vm0", too_much_for_the_socket, timeout=LIMIT)
+
+
+def test_a_daemon_that_dies_without_reading(path: Path, block: Block) -> None:
+    with (
+        scripted(path, hang_up=True),
+        pytest.raises(MigrationFailed, match="closed the connection"),
+    ):
+        Destination(path, "vm0", [block], timeout=LIMIT)
+
+
+def test_a_device_state_that_nobody_waits_for_is_closed(
+    path: Path, block: Block, device_state: int
+) -> None:
+    run = {"event": "run", "length": 5}
+    with (
+        scripted(path, REGISTERED, run, device_state=device_state),
+        Destination(path, "vm0", [block]) as destination,
+        pytest.raises(MigrationFailed, match="'run' out of order"),
+    ):
+        destination.wait_for_completion(LIMIT)
 
 
 WRONG: dict[str, tuple[list[object], str]] = {

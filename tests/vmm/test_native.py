@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from postcopyd.incoming.vmm import VmmFailure
+from postcopyd.vmm.handoff import HandoffRefused
 from postcopyd.vmm.native import NativeVmm
 from tests.vmm.handoffs import LIMIT, Handoffs, Offer, RawPeer, open_descriptors
 
@@ -160,6 +161,50 @@ async def test_an_answer_that_nobody_asked_for_fails_the_next_question(pair: Pai
         await asyncio.sleep(0)
     with pytest.raises(VmmFailure, match="said 'loaded' without being asked"):
         await asyncio.wait_for(pair.vmm.discard(), LIMIT)
+
+
+async def test_an_answer_given_twice_fails_the_next_question(pair: Pair) -> None:
+    asking = await ask(pair, "discard")
+    pair.peer.send(b'{"event":"discarded"}\n' * 2)
+    await asyncio.wait_for(asking, LIMIT)
+    with pytest.raises(VmmFailure, match="said 'discarded' without being asked"):
+        await asyncio.wait_for(pair.vmm.run(b"state"), LIMIT)
+
+
+async def test_a_vmm_that_is_asked_early_is_told_first_that_it_is_registered(
+    handoffs: Handoffs, offer: Offer
+) -> None:
+    asking: list[asyncio.Future[None]] = []
+
+    async def ask_at_once(vmm: NativeVmm) -> None:
+        asking.append(asyncio.ensure_future(vmm.advise()))
+        asking.append(asyncio.ensure_future(vmm.discard()))
+        for _ in range(3):  # turns of the event loop in which they could be sent
+            await asyncio.sleep(0)
+
+    handoffs.before_registration = ask_at_once
+    with RawPeer(handoffs.path) as peer:
+        offer.send(peer)
+        assert (await peer.line() or {})["event"] == "registered"
+    await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_who_asks_early_learns_that_the_vmm_was_refused(
+    handoffs: Handoffs, offer: Offer
+) -> None:
+    asking: list[asyncio.Future[None]] = []
+
+    async def ask_at_once(vmm: NativeVmm) -> None:
+        asking.append(asyncio.ensure_future(vmm.advise()))
+        await asyncio.sleep(0)
+
+    handoffs.before_registration = ask_at_once
+    handoffs.refusal_by_callback = HandoffRefused("migration 'vm0' has a VMM")
+    with RawPeer(handoffs.path) as peer:
+        offer.send(peer)
+        assert (await peer.line() or {})["event"] == "failed"
+    with pytest.raises(VmmFailure):
+        await asyncio.wait_for(asking[0], LIMIT)
 
 
 async def test_no_answer_in_time(pair: Pair) -> None:

@@ -31,6 +31,7 @@ from tests.wire.streams import (
     PAGE_SIZES,
     RAM,
     SECTION_ID,
+    VGA,
     head,
     put,
     read,
@@ -327,6 +328,40 @@ def test_a_page_behind_the_block_is_found_where_pages_were_expected(offset: int)
     outcome = receive(reader, last + word(offset, 0x28) + bytes(PAGE) + last)
     assert [event[2] for event in outcome.events if isinstance(event, tuple)] == [RAM.length - PAGE]
     assert f"a page at {offset:#x} of block 'pc.ram'" in str(outcome.error)
+
+
+@pytest.mark.parametrize("kind", ["pages where pages were expected", "pages", "zero pages"])
+@pytest.mark.parametrize("inside", [1, 2, 5, 9])
+def test_a_run_that_crosses_the_end_of_its_block_is_refused_there(kind: str, inside: int) -> None:
+    """Neighbours are checked as a run: the last page counts, not only the first."""
+    ram = writer.StreamWriter(SECTION_ID)
+    reader = StreamReader()
+    begin = until_pages(ram) + ram.zero_page(VGA.name, 0)
+    if kind == "pages where pages were expected":
+        begin += b"".join(
+            header + bytes(PAGE) for header in ram.page_headers(VGA.name, [0, PAGE, 2 * PAGE])
+        )
+    list(reader.feed(begin))
+    first = VGA.length - inside * PAGE
+    offsets = range(first, first + 12 * PAGE, PAGE)
+    if kind == "zero pages":
+        run = ram.zero_pages(VGA.name, offsets)
+        length = 9
+    else:
+        run = b"".join(header + bytes(PAGE) for header in ram.page_headers(VGA.name, offsets))
+        length = 8 + PAGE
+    outcome = receive(reader, run)
+    assert [event[2] for event in outcome.events if isinstance(event, tuple)] == list(
+        offsets[:inside]
+    )
+    assert outcome.error is not None
+    assert outcome.error.position == len(begin) + inside * length
+    assert f"a page at {VGA.length:#x} of block 'vga.vram'" in str(outcome.error)
+
+
+def test_a_page_size_that_advise_does_not_name_is_refused() -> None:
+    listed = entry(b"a", 1 << 30) + struct.pack(">Q", 1 << 30)
+    assert "a block name that is empty" in refusal(head() + ram_start(listed, 2 << 30))
 
 
 DISCARDS = {

@@ -11,7 +11,7 @@ import pytest
 from postcopyd.wire import stream_writer as writer
 from postcopyd.wire.messages import BlockEntry, Discard, Message
 from postcopyd.wire.stream_reader import StreamLimits, StreamReader
-from tests.wire.streams import PAGE, RAM, SECTION_ID, VGA, head, put, until_pages
+from tests.wire.streams import PAGE, RAM, SECTION_ID, VGA, head, put, receive, until_pages
 
 MESSAGES = 12 << 20
 """What the messages of one `received` may take, as the reader's docstring says."""
@@ -131,3 +131,17 @@ def test_a_command_that_comes_byte_by_byte_is_read() -> None:
         assert put(reader, memoryview(data)[start : start + 1]) == 1
         messages += reader.received(1)
     assert messages == [Discard(RAM.name, ((0, PAGE),) * 4094)]
+
+
+def test_a_mistake_is_placed_right_after_the_buffer_was_moved() -> None:
+    """Commands that are cut at each receive leave a tail behind, again and again."""
+    reader = StreamReader()
+    begin = until_pages() + writer.StreamWriter(SECTION_ID).ram_footer()
+    list(reader.feed(begin))
+    payload = b"\0\x06pc.ram\0" + struct.pack(">QQ", 0, PAGE) * 4000
+    data = (struct.pack(">BHH", 8, 6, len(payload)) + payload) * 40
+    outcome = receive(reader, data + b"\x09", [60_001] * 100)
+    assert outcome.events == [Discard(RAM.name, ((0, PAGE),) * 4000)] * 40
+    assert outcome.error is not None
+    assert outcome.error.position == len(begin) + len(data)
+    assert reader.position == len(begin) + len(data)

@@ -11,6 +11,8 @@
 #   SPARSE, SPARSE_END each pass changes every third page
 #   EVERY, EVERY_END   each pass changes every page
 #   TOGGLE, TOGGLE_END odd passes write something to every page, even ones make it zero again
+#   WAVE, WAVE_END     hundreds of pages a second are written to, and as many become zero again,
+#                      each for about a second
 #
 # A KVM that runs inside a virtual machine may emulate all code that is not in long mode, at about a
 # million instructions a second. So a pass changes few words of a page, and what is filled
@@ -25,6 +27,9 @@
     .set PAGE, 0x1000
     .set STEP, 0x9e3779b1               # from one word that is written to the next
     .set PERIOD, 2047                   # words; no two of the first 2047 pages are alike
+
+    .set WAVE_LENGTH, WAVE_END - WAVE   # a power of two
+    .set WAVE_CLOCK, 22                 # the wave moves a page in 2^22 ticks of the time stamp
 
     .set PCI_ADDRESS, 0xcf8
     .set PCI_DATA, 0xcfc
@@ -123,6 +128,19 @@ first_words:
     mov ecx, (LEGACY_AREA_END - LEGACY_AREA) / 4
     rep movsd
 
+    mov ebx, eax
+    mov edi, WAVE
+set_wave:
+    add ebx, STEP
+    mov [edi], ebx
+    add edi, PAGE
+    cmp edi, WAVE_END
+    jb set_wave
+    rdtsc
+    shrd eax, edx, WAVE_CLOCK
+    mov ebp, eax
+    mov eax, ebx
+
 next_pass:
     inc dword ptr [PASSES]
 
@@ -156,7 +174,25 @@ change_to_and_from_zero:
     add edi, PAGE
     cmp edi, TOGGLE_END
     jb change_to_and_from_zero
-    jmp next_pass
+
+    # ebp is how far the wave has come.
+    mov ebx, eax
+    rdtsc
+    shrd eax, edx, WAVE_CLOCK
+    mov edi, eax
+    mov eax, ebx
+move_wave:
+    cmp ebp, edi
+    je next_pass
+    inc ebp
+    mov edx, ebp
+    shl edx, 12
+    and edx, WAVE_LENGTH - 1
+    add eax, STEP
+    mov [edx + WAVE], eax
+    xor edx, WAVE_LENGTH / 2
+    mov dword ptr [edx + WAVE], 0
+    jmp move_wave
 
 # Write ebx to the PCI configuration register eax.
 write_pci:
