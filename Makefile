@@ -17,7 +17,7 @@ DEBIAN_PACKAGES := qemu-system-x86 binutils gcc libc6-dev systemd
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MYPY_CACHE_DIR := $(CACHE)/mypy
-PIP_INSTALL := $(RUN)/python -m pip install --quiet --editable
+PIP_INSTALL := $(RUN)/python -m pip install -qq --editable
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

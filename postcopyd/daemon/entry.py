@@ -12,7 +12,7 @@ import msgspec
 from postcopyd.daemon import event_log
 from postcopyd.daemon.acceptor import Acceptor
 from postcopyd.daemon.sockets import address_of, remove_file_of
-from postcopyd.incoming.events import Event, StateChanged
+from postcopyd.incoming.events import Event
 from postcopyd.incoming.migration import IncomingMigration, Refused
 from postcopyd.incoming.report import Report
 from postcopyd.incoming.settings import Settings
@@ -38,7 +38,7 @@ class Entry:
         """Make a migration that waits for its VMM, and for its source on `stream_listener`.
 
         :param stream_listener: listening and non-blocking; taken over.
-        :param on_change: called when the state has changed.
+        :param on_change: called when something has happened to it.
         :raise OSError: if there is no descriptor to spare; `stream_listener` then still is the
             caller's.
         """
@@ -99,8 +99,7 @@ class Entry:
 
     def _trace(self, event: Event) -> None:
         event_log.log_event(self.name, event)
-        if isinstance(event, StateChanged):
-            self._on_change()
+        self._on_change()
 
     def _take_stream(self, connection: socket.socket) -> None:
         migration = self._migration

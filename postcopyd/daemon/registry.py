@@ -52,7 +52,7 @@ class Registry:
     def __init__(self, configuration: Configuration, on_change: Callable[[], None]) -> None:
         """Begin with none.
 
-        :param on_change: called when a migration came, went or changed its state.
+        :param on_change: called when a migration came or went, or something has happened to it.
         """
         self._configuration = configuration
         self._settings = configuration.engine_settings()

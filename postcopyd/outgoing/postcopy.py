@@ -7,7 +7,7 @@ from typing import Final
 
 from postcopyd.outgoing.bandwidth import Bandwidth
 from postcopyd.outgoing.image import CHUNK_BYTES, ZERO_PAGE, ImageBlock
-from postcopyd.outgoing.records import BATCH_BYTES, IS_ZERO, Batch, Pause, RamRecords
+from postcopyd.outgoing.records import BATCH_BYTES, Batch, Pause, RamRecords
 from postcopyd.outgoing.report import Counts
 from postcopyd.outgoing.schedule import Run, SendSchedule
 from postcopyd.wire.stream_format import TARGET_PAGE_SIZE
@@ -41,7 +41,8 @@ class PostcopyPages:
         :raise OSError: if a file cannot be asked for its holes.
         """
         self._blocks = blocks
-        self._holes = [block.holes() for block in blocks]
+        holes = [block.holes() for block in blocks]
+        self._holes = [bits if bits.any() else None for bits in holes]
         self._schedule = schedule
         self._records = records
         self._bandwidth = bandwidth
@@ -52,6 +53,9 @@ class PostcopyPages:
             self._most = min(BATCH_BYTES, int(bandwidth.rate * _SMOOTHING_SECONDS) or 1)
         self._scan_limit = min(_CROWDED_BYTES, self._most)
         self._counts = counts
+        self._number = 0
+        self._offsets: list[int] = []
+        """Target pages of block `_number` that are to be sent next."""
         self.ended = False
         """True when the last batch has been made: the destination may know that it has all."""
 
@@ -75,26 +79,31 @@ class PostcopyPages:
         while run := self._schedule.take_requested():
             self._counts.requests_answered += 1
             yield from self._add(run)
-            if self._records.full:
+            if self._size >= BATCH_BYTES:
                 yield self._take()
-        if self._records.size:
+        if self._size:
             # Nothing of the scan behind it: the call that sends it is to be short.
             yield self._take()
 
     def _scanned(self) -> Iterator[Batch]:
-        records = self._records
         # What is left of a batch that did not fit stands in front of the next request.
         limit = _CROWDED_BYTES if self._crowded() else self._scan_limit * 2
         limit = self._scan_limit = min(limit, self._most)
-        while not records.full and records.size < limit:
+        while self._size < limit and not self._records.full:
             run = self._schedule.take_scanned(min(CHUNK_BYTES, limit))
             if run is None:
                 break
             yield from self._add(run)
         yield self._take()
 
+    @property
+    def _size(self) -> int:
+        """Bytes of the batch, counting what was collected as if no page of it were zero."""
+        return self._records.size + len(self._offsets) * TARGET_PAGE_SIZE
+
     def _take(self) -> Batch:
         """Return the batch; a section stays open only if more follows it at once."""
+        self._add_records()
         records = self._records
         self._bandwidth.spend(records.size)
         if records.section_long or self._bandwidth.wait(self._clock()) > 0:
@@ -104,26 +113,36 @@ class PostcopyPages:
     def _add(self, run: Run) -> Iterator[Batch]:
         """Add all target pages of a run, and yield the batches that get full on the way."""
         block = self._blocks[run.block]
-        holes = self._holes[run.block]
-        records = self._records
-        memory, name = block.memory, block.name
+        if run.block != self._number or len(self._offsets) >= CHUNK_BYTES // TARGET_PAGE_SIZE:
+            self._add_records()
+            self._number = run.block
         start = run.first * block.page_size
-        end = start + run.count * block.page_size
+        end = start + run.pages * block.page_size
         for first in range(start, end, CHUNK_BYTES):
-            if records.full:
-                self._bandwidth.spend(records.size)
-                yield records.take()
-            behind = min(first + CHUNK_BYTES, end)
-            offsets = range(first, behind, TARGET_PAGE_SIZE)
-            hole = holes[first // TARGET_PAGE_SIZE : behind // TARGET_PAGE_SIZE]
-            if hole.all():
-                records.add(name, offsets, (), bytes((IS_ZERO,)) * len(offsets))
-                continue
-            pages = [memory[offset : offset + TARGET_PAGE_SIZE] for offset in offsets]
+            if first > start:
+                self._add_records()
+                if self._records.full:
+                    self._bandwidth.spend(self._records.size)
+                    yield self._records.take()
+            self._offsets += range(first, min(first + CHUNK_BYTES, end), TARGET_PAGE_SIZE)
+
+    def _add_records(self) -> None:
+        """Make records of the pages that were collected: many at once is much faster."""
+        offsets = self._offsets
+        if not offsets:
+            return
+        self._offsets = []
+        block = self._blocks[self._number]
+        holes = self._holes[self._number]
+        memory = block.memory
+        pages = [memory[offset : offset + TARGET_PAGE_SIZE] for offset in offsets]
+        if holes is None:
+            zero = bytes([ZERO_PAGE == page for page in pages])  # noqa: SIM300 - see there
+        else:
             zero = bytes(
                 [
-                    bit or ZERO_PAGE == page  # noqa: SIM300 - see there
-                    for bit, page in zip(hole, pages, strict=True)
+                    holes[offset // TARGET_PAGE_SIZE] or ZERO_PAGE == page  # noqa: SIM300
+                    for offset, page in zip(offsets, pages, strict=True)
                 ]
             )
-            records.add(name, offsets, pages, zero)
+        self._records.add(block.name, offsets, pages, zero)

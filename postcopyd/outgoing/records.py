@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Final, TypeAlias
 
 from postcopyd.outgoing.report import Counts
@@ -33,6 +34,11 @@ PART_BYTES: Final = 4 << 20
 """A section is closed from here on. Destinations read long ones with less effort."""
 NOT_ZERO: Final = 0
 IS_ZERO: Final = 1
+_OTHER_KIND: Final = bytes((IS_ZERO, NOT_ZERO)) + bytes(254)
+"""A table for `bytes.translate`."""
+# Records that do not name their block: a word, then the page, or the fill byte of a zero page.
+_PAGE_RECORD: Final = 8 + TARGET_PAGE_SIZE
+_ZERO_RECORD: Final = 8 + 1
 
 
 class RamRecords:
@@ -59,9 +65,7 @@ class RamRecords:
         """True when the open section should be closed at the next border of a host page."""
         return self._section_bytes >= PART_BYTES
 
-    def add(
-        self, block: str, offsets: Sequence[int], pages: Sequence[Buffer], zero: bytes | bytearray
-    ) -> None:
+    def add(self, block: str, offsets: Sequence[int], pages: Sequence[Buffer], zero: bytes) -> None:
         """Add target pages of one block, in this order.
 
         :param offsets: bytes in the block.
@@ -69,20 +73,16 @@ class RamRecords:
         :param zero: for each page `IS_ZERO` or `NOT_ZERO`.
         """
         self.open_section()
-        count = len(offsets)
-        first = 0
-        while first < count:
-            kind = zero[first]
-            end = zero.find(NOT_ZERO if kind else IS_ZERO, first)
-            if end < 0:
-                end = count
-            if kind:
-                self._append(self._writer.zero_pages(block, offsets[first:end]))
-                self._counts.zero_pages += end - first
-            else:
-                self._add_pages(block, offsets[first:end], pages[first:end])
-            first = end
-        self._records += count
+        zeros = zero.count(IS_ZERO)
+        if not zeros:
+            self._add_pages(block, offsets, pages)
+        elif zeros == len(offsets):
+            self._append(self._writer.zero_pages(block, offsets))
+        else:
+            self._add_mixed(block, offsets, pages, zero)
+        self._counts.zero_pages += zeros
+        self._counts.pages += len(offsets) - zeros
+        self._records += len(offsets)
 
     def _add_pages(self, block: str, offsets: Sequence[int], pages: Sequence[Buffer]) -> None:
         count = len(offsets)
@@ -92,10 +92,34 @@ class RamRecords:
         interleaved[1::2] = pages
         self._batch += interleaved
         # Only the first header may name the block: the others are as long as the last one.
-        size = len(headers[0]) + (count - 1) * len(headers[-1]) + count * TARGET_PAGE_SIZE
-        self.size += size
-        self._section_bytes += size
-        self._counts.pages += count
+        self._grow(len(headers[0]) + (count - 1) * len(headers[-1]) + count * TARGET_PAGE_SIZE)
+
+    def _add_mixed(
+        self, block: str, offsets: Sequence[int], pages: Sequence[Buffer], zero: bytes
+    ) -> None:
+        # All records of a kind are made at once, but for the first: it may name the block.
+        if zero[0]:
+            self._append(self._writer.zero_page(block, offsets[0]))
+        else:
+            self._add_pages(block, offsets[:1], pages[:1])
+        zero = zero[1:]
+        zero_offsets = list(compress(offsets[1:], zero))
+        page_offsets = list(compress(offsets[1:], zero.translate(_OTHER_KIND)))
+        zero_records = self._writer.zero_pages(block, zero_offsets)
+        headers = iter(self._writer.page_headers(block, page_offsets))
+        batch = self._batch
+        pending = b""
+        place = 0
+        for is_zero, page in zip(zero, pages[1:], strict=True):
+            if is_zero:
+                pending += zero_records[place : place + _ZERO_RECORD]
+                place += _ZERO_RECORD
+            else:
+                batch += (pending + next(headers), page)
+                pending = b""
+        if pending:
+            batch.append(pending)
+        self._grow(len(zero_records) + len(page_offsets) * _PAGE_RECORD)
 
     def open_section(self) -> None:
         """Begin a section for pages if none is open."""
@@ -125,5 +149,8 @@ class RamRecords:
 
     def _append(self, record: bytes) -> None:
         self._batch.append(record)
-        self.size += len(record)
-        self._section_bytes += len(record)
+        self._grow(len(record))
+
+    def _grow(self, size: int) -> None:
+        self.size += size
+        self._section_bytes += size

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bitarray import bitarray
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring host pages of one block, to be sent in ascending order."""
 
     block: int
     """Number of the block."""
     first: int
     """Number of the first host page in the block."""
-    count: int
+    pages: int
     """Host pages, at least 1."""
 
 
@@ -73,7 +72,7 @@ class SendSchedule:
         """Hand out the next host page that was requested, None if there is none."""
         while self._requests:
             request = self._requests[0]
-            end = request.first + request.count
+            end = request.first + request.pages
             page = self._dirty[request.block].find(1, request.first, end)
             if page >= 0:
                 return self._take(request.block, page, 1)

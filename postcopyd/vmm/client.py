@@ -86,7 +86,7 @@ class Destination:
         self._events: deque[wire.Event] = deque()
         self._descriptors: deque[int] = deque()
         self._failure: str | None = None
-        self._emptied = self._huge_pages_off = self._at_stake = False
+        self._huge_pages_off = self._at_stake = False
         self.completed = False
         """True when all memory has come."""
         self.user_mode_only: bool
@@ -156,7 +156,7 @@ class Destination:
 
         :raise MigrationFailed: if the migration has ended.
         """
-        self._answer(wire.Refused(reason))
+        self._answer(wire.Refused(reason[: wire.REASON_LIMIT]))
 
     def wait_for_completion(self, timeout: float | None = None) -> None:
         """Return when all memory has come; huge pages and locks are back then.
@@ -280,7 +280,7 @@ class Destination:
         try:
             work()
         except OSError as error:
-            self._answer(wire.Refused(str(error)))
+            self._answer(wire.Refused(str(error)[: wire.REASON_LIMIT]))
             self._fail(f"this process could not do its part: {error}")
 
     def _answer(self, answer: wire.Answer) -> None:

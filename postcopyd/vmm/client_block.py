@@ -95,7 +95,11 @@ class Block:
         return self._mapping.view
 
     def close(self) -> None:
-        """Unmap what was mapped here, close the memory file that was created here. Idempotent."""
+        """Unmap what was mapped here, close the memory file that was created here. Idempotent.
+
+        Not while a migration into it is under way, nor after one that has failed before
+        `Destination.close`: unmapping waits for somebody to read the userfaultfd.
+        """
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None

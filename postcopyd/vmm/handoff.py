@@ -43,8 +43,9 @@ class Registration:
 
 
 OnVmm = Callable[[str | None, NativeVmm | FirecrackerVmm, str | None], Awaitable[Registration]]
-"""Takes a VMM over: the name it gave (None: it names nobody), the VMM, the address on which it
-wants its source to be waited for (None: no wish). Raises `HandoffRefused` not to take it."""
+"""Takes a VMM over by returning: the name it gave (None: it names nobody), the VMM, the address on
+which it wants its source to be waited for (None: no wish). Raises `HandoffRefused` not to take it:
+the VMM is told, and closed."""
 
 OnRefused = Callable[[Peer, str], None]
 """Told who was refused, and why."""
@@ -284,7 +285,8 @@ async def _readable(loop: asyncio.AbstractEventLoop, connection: socket.socket) 
 def _native_blocks(content: Handoff, descriptors: Sequence[int]) -> tuple[HandedBlock, ...]:
     named = {0}
     blocks = []
-    for block in content.blocks:
+    for place, block in enumerate(content.blocks):
+        checks.check_name(f"block {place}", block.name)
         number = block.memory_file
         if number == 0:
             raise HandoffRefused(

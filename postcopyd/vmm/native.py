@@ -127,9 +127,9 @@ class NativeVmm:
 
     def failed(self, reason: str) -> None:
         """Tell that the handoff is refused, or the migration has ended without all memory."""
-        if not self._ended:
+        if not self._ended and not self._closed:
             self._ended = True
-            self._send(wire.Failed(reason))
+            self._transmit(wire.Failed(reason), None)  # also to a VMM that broke the protocol
 
     async def gone(self) -> None:
         """Return when the VMM has exited or has closed its socket; after `close`, never."""
@@ -179,8 +179,10 @@ class NativeVmm:
 
         All that is ever sent fits many times into the socket's buffer, so it is not waited for.
         """
-        if self._broken is not None:
-            return
+        if self._broken is None:
+            self._transmit(event, descriptor)
+
+    def _transmit(self, event: wire.Event, descriptor: int | None) -> None:
         line = wire.encode(event)
         rights = []
         if descriptor is not None:

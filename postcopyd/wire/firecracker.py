@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 
 from postcopyd.wire.errors import ProtocolError
-from postcopyd.wire.handoff import BLOCK_LIMIT, FIRST_MESSAGE_LIMIT
+from postcopyd.wire.handoff import BLOCK_LIMIT, FIRST_MESSAGE_LIMIT, REASON_LIMIT
 
 PAGE_SIZES = (4096, 2 << 20)
 """Page sizes with which Firecracker backs guest memory, bytes."""
@@ -106,7 +106,8 @@ def _decode(text: bytearray) -> tuple[Region, ...]:
     try:
         regions: tuple[Region, ...] = _decoder.decode(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise ProtocolError(f"not Firecracker's message: {error}", None) from None
+        what = str(error)[:REASON_LIMIT]
+        raise ProtocolError(f"not Firecracker's message: {what}", None) from None
     for number, region in enumerate(regions):
         _check(number, region, regions[0].page_size)
     return regions

@@ -37,6 +37,8 @@ BLOCK_LIMIT = 4096
 """Most blocks in one handoff."""
 LINE_LIMIT = 64 << 10
 """Longest line after the first message, bytes."""
+REASON_LIMIT = 1000
+"""Longest reason that a VMM may give, characters."""
 
 _Unsigned = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -146,7 +148,7 @@ class Loaded(_Answer, frozen=True, tag="loaded"):
 class Refused(_Answer, frozen=True, tag="refused"):
     """Answers any of them: it could not be done."""
 
-    reason: str
+    reason: Annotated[str, msgspec.Meta(max_length=REASON_LIMIT)]
 
 
 Event: TypeAlias = (
@@ -206,7 +208,9 @@ class LineReader(Generic[_Message]):
         try:
             message: _Message = self._decoder.decode(self._line)
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-            raise ProtocolError(f"not a valid message: {error}", self._position) from None
+            # It may quote the line, which may be long.
+            what = str(error)[:REASON_LIMIT]
+            raise ProtocolError(f"not a valid message: {what}", self._position) from None
         self._position += len(self._line) + 1
         self._line.clear()
         return message

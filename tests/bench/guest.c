@@ -48,15 +48,15 @@ uint64_t walk(unsigned char *memory, uint64_t pages, uint64_t page_size, uint64_
 
 uint64_t verify(const unsigned char *memory, uint64_t pages, int expect_zero)
 {
+    unsigned char expected[PAGE];
     uint64_t wrong = 0;
+    memset(expected, expect_zero ? 0 : FILL, PAGE);
     for (uint64_t page = 0; page < pages; page++) {
-        const unsigned char *at = memory + page * PAGE;
-        uint64_t head, tail;
-        memcpy(&head, at, 8);
-        memcpy(&tail, at + PAGE - 8, 8);
-        if (expect_zero ? head || tail
-                        : head != stamp(page) || tail != 0x5a5a5a5a5a5a5a5au)
-            wrong++;
+        if (!expect_zero) {
+            uint64_t head = stamp(page);
+            memcpy(expected, &head, sizeof head);
+        }
+        wrong += memcmp(memory + page * PAGE, expected, PAGE) != 0;
     }
     return wrong;
 }

@@ -36,7 +36,7 @@ static size_t records(unsigned char *at, uint64_t host_page)
     static unsigned char body[PAGE];
     unsigned char *start = at;
     if (!body[PAGE - 1])
-        memset(body, 0x5a, PAGE);
+        memset(body, FILL, PAGE);
     for (uint64_t part = 0; part < per_host_page; part++) {
         uint64_t page = host_page * per_host_page + part;
         put_u64(at, page * PAGE | (zero ? FLAG_ZERO : FLAG_PAGE) | (named ? FLAG_CONTINUE : 0));

@@ -19,6 +19,7 @@
 #define FLAG_PAGE 0x08
 #define FLAG_EOS 0x10
 #define FLAG_CONTINUE 0x20
+#define FILL 0x5a /* every byte of a page that is not its stamp */
 
 static inline void die(const char *what)
 {

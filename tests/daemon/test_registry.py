@@ -317,6 +317,9 @@ async def test_stopping_cancels_those_whose_source_can_go_on(hosted: Hosted) -> 
 async def test_stopping_waits_for_a_guest_that_lives_here(hosted: Hosted) -> None:
     vmm, entry, source = await hosted.running("vm0")
     stopping = asyncio.create_task(hosted.registry.stop(wait=True))
+    await asyncio.sleep(0)
+    with refused("stopping"):
+        hosted.registry.create("another")
     assert not stopping.done() and entry.state.value == "running"
     vmm.destination.loaded()
     await source.finish()

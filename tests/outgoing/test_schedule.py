@@ -144,7 +144,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         if run is None:
             assert not self.requested
             return
-        assert run.count == 1
+        assert run.pages == 1
         assert (run.block, run.first) in self.requested
         self._sent(run)
 
@@ -154,11 +154,11 @@ class ScheduleMachine(RuleBasedStateMachine):
         if run is None:
             assert not self.left
             return
-        assert 1 <= run.count <= limit
+        assert 1 <= run.pages <= limit
         self._sent(run)
 
     def _sent(self, run: Run) -> None:
-        for page in range(run.first, run.first + run.count):
+        for page in range(run.first, run.first + run.pages):
             self.left.remove((run.block, page))  # KeyError: clean, or sent before
             if (run.block, page) in self.requested:
                 self.requested.remove((run.block, page))
@@ -201,5 +201,5 @@ def test_a_requested_page_goes_before_any_page_of_the_scan(
     assert first == wanted
     sent = len(first)
     while run := schedule.take_scanned(limit * PAGE):
-        sent += run.count
+        sent += run.pages
     assert sent == sum(lengths)

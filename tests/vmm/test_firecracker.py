@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import multiprocessing
 import os
-import select
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -19,6 +16,7 @@ import pytest
 from postcopyd.incoming.vmm import VmmFailure
 from postcopyd.kernel import memory_file
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd
+from tests.support import GuestRead, wait_readable
 from tests.vmm import firecracker_stand_in
 from tests.vmm.content import content_of
 from tests.vmm.firecracker_stand_in import FirecrackerStandIn, Generation
@@ -130,18 +128,14 @@ async def test_a_thread_that_waits_since_before_the_handoff_gets_its_page(
     handoffs: Handoffs, stand_in: FirecrackerStandIn
 ) -> None:
     """Checking the regions must not let it go on with zeros."""
-    copy = ctypes.create_string_buffer(PAGE)
-    memcpy = ctypes.CDLL(None).memcpy
-    memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    vcpu = threading.Thread(target=memcpy, args=(copy, stand_in.regions[0].address, PAGE))
-    vcpu.start()
-    assert select.select([stand_in.userfaultfd], [], [], LIMIT)[0], "no fault came"
+    vcpu = GuestRead(stand_in.regions[0].address, PAGE)
+    wait_readable(stand_in.userfaultfd.fileno())
     stand_in.hand_over(handoffs.path).close()
     source = PageSource(await handoffs.firecracker_vmm())
     source.listen()
-    await asyncio.to_thread(vcpu.join, LIMIT)
+    seen = await asyncio.to_thread(vcpu.data)
     source.stop()
-    assert copy.raw == content_of("region0", 0)
+    assert seen == content_of("region0", 0)
 
 
 async def test_a_snapshot_without_balloon_enables_no_feature(handoffs: Handoffs) -> None:

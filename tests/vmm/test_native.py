@@ -155,6 +155,21 @@ async def test_an_answer_to_another_question(pair: Pair, question: str) -> None:
         await asyncio.wait_for(asking, LIMIT)
 
 
+async def test_a_vmm_that_broke_the_protocol_is_told_why_it_failed(pair: Pair) -> None:
+    asking = await ask(pair, "discard")
+    pair.peer.say("loaded")
+    with pytest.raises(VmmFailure) as failure:
+        await asyncio.wait_for(asking, LIMIT)
+    pair.vmm.failed(str(failure.value))
+    assert await pair.peer.line() == {"event": "failed", "reason": str(failure.value)}
+
+
+async def test_failing_after_closing_tells_nobody(pair: Pair) -> None:
+    pair.vmm.close()
+    pair.vmm.failed("too late")
+    assert await pair.peer.line() is None
+
+
 async def test_an_answer_that_nobody_asked_for_fails_the_next_question(pair: Pair) -> None:
     pair.peer.say("loaded")
     for _ in range(3):  # turns of the event loop: it is read before anything is asked

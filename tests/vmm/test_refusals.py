@@ -324,6 +324,15 @@ async def test_what_is_no_handoff(
     assert expected in await why_refused(handoffs, data, offer.descriptors)
 
 
+async def test_the_reason_is_short_however_long_what_was_wrong_is(
+    handoffs: Handoffs, offer: Offer
+) -> None:
+    offer.ram["no such field" * 1000] = 1
+    assert len(await refused(handoffs, offer)) < 1100
+    offer.message["blocks"][0] = offer.message["blocks"][1] | {"name": "x" * 10_000}
+    assert len(await refused(handoffs, offer)) < 1100
+
+
 @pytest.mark.parametrize("more", [b"{", b'{"event":"advised"}\n'])
 async def test_more_than_the_handoff(handoffs: Handoffs, offer: Offer, more: bytes) -> None:
     await why_refused(handoffs, offer.text + more, offer.descriptors)

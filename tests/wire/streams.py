@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,37 @@ def read(data: bytes, reader: StreamReader | None = None) -> list[Event]:
 
 
 def refusal(data: bytes, reader: StreamReader | None = None) -> str:
-    """Read a stream in which something must be wrong; return what was said about it."""
-    outcome = receive(reader or StreamReader(), data)
-    assert outcome.error is not None, "the stream was accepted"
-    return str(outcome.error)
+    """As `mistake`; return what was said about it."""
+    return str(mistake(data, reader))
+
+
+def ram_start(listed: bytes, total: int, *, version: int = 4, instance: int = 0) -> bytes:
+    """A first section with this block list."""
+    return (
+        b"\x01" + struct.pack(">I", SECTION_ID) + b"\x03ram" + struct.pack(">II", instance, version)
+        + writer.page_word(total, 0x04)
+        + listed
+        + writer.StreamWriter(SECTION_ID).ram_footer()
+    )  # fmt: skip
+
+
+def entry(name: bytes, length: int) -> bytes:
+    """One block of a block list."""
+    return bytes((len(name),)) + name + struct.pack(">Q", length)
+
+
+def command(number: int, payload: bytes = b"") -> bytes:
+    """Any command, right or wrong."""
+    return struct.pack(">BHH", 8, number, len(payload)) + payload
+
+
+def word(offset: int, flags: int) -> bytes:
+    """The word of any record, right or wrong."""
+    return struct.pack(">Q", offset | flags)
+
+
+def mistake(data: bytes, reader: StreamReader | None = None) -> ProtocolError:
+    """Read a stream in which something must be wrong; return what was raised."""
+    error = receive(reader or StreamReader(), data).error
+    assert error is not None, "the stream was accepted"
+    return error

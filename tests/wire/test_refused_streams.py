@@ -14,7 +14,6 @@ from postcopyd.wire.messages import (
     BlockList,
     Configuration,
     DeviceState,
-    Discard,
     EndOfStream,
     Opaque,
     PostcopyResume,
@@ -29,48 +28,23 @@ from tests.wire.streams import (
     HUGE,
     PAGE,
     PAGE_SIZES,
-    RAM,
     SECTION_ID,
-    VGA,
+    command,
+    entry,
     head,
+    mistake,
     put,
+    ram_start,
     read,
     receive,
     refusal,
     until_pages,
+    word,
 )
 
 START = writer.StreamWriter(SECTION_ID).ram_start(BLOCKS)
 CONFIGURATION = writer.configuration("pc")
 
-
-def ram_start(listed: bytes, total: int, *, version: int = 4, instance: int = 0) -> bytes:
-    """A first section with this block list."""
-    return (
-        b"\x01" + struct.pack(">I", SECTION_ID) + b"\x03ram" + struct.pack(">II", instance, version)
-        + writer.page_word(total, 0x04)
-        + listed
-        + writer.StreamWriter(SECTION_ID).ram_footer()
-    )  # fmt: skip
-
-
-def entry(name: bytes, length: int) -> bytes:
-    return bytes((len(name),)) + name + struct.pack(">Q", length)
-
-
-def command(number: int, payload: bytes = b"") -> bytes:
-    return struct.pack(">BHH", 8, number, len(payload)) + payload
-
-
-def discard(payload: bytes) -> bytes:
-    return command(6, payload)
-
-
-def word(offset: int, flags: int) -> bytes:
-    return struct.pack(">Q", offset | flags)
-
-
-NAME = b"\x06pc.ram"
 
 HEADS = {
     "bad magic": (b"QEVN\0\0\0\3", r"not a migration stream: it begins with 51 45 56 4e"),
@@ -118,7 +92,7 @@ HEADS = {
 def test_a_wrong_head_is_refused_by_name(case: str) -> None:
     data, why = HEADS[case]
     with pytest.raises(ProtocolError, match=why):
-        raise _error(data)
+        raise mistake(data)
 
 
 COMMANDS = {
@@ -152,7 +126,7 @@ COMMANDS = {
     "bitmap of no block": (command(10), "block name does not fill it"),
     "bitmap with a long name": (command(10, b"\x06pc.ramx"), "block name does not fill it"),
     "bitmap of an unknown block": (command(10, b"\x02no"), "RAM block 'no', which is not listed"),
-    "discard before the list": (discard(b"\0" + NAME + bytes(17)), "not listed"),
+    "discard before the list": (command(6, b"\0\x06pc.ram" + bytes(17)), "not listed"),
     "section type 0x09": (b"\x09", "section type 0x09 where a section or command begins"),
     "subsection outside": (b"\x05", "section type 0x05"),
     "second configuration": (b"\x07", "section type 0x07"),
@@ -175,16 +149,10 @@ COMMANDS = {
 def test_a_wrong_command_or_section_is_refused_by_name(case: str) -> None:
     data, why = COMMANDS[case]
     begin = len(head())
-    error = _error(head() + data)
+    error = mistake(head() + data)
     assert begin <= (error.position or 0) <= begin + len(data)
     with pytest.raises(ProtocolError, match=why):
         raise error
-
-
-def _error(data: bytes, reader: StreamReader | None = None) -> ProtocolError:
-    error = receive(reader or StreamReader(), data).error
-    assert error is not None, "the stream was accepted"
-    return error
 
 
 def test_a_ping_without_return_path_is_refused() -> None:
@@ -222,7 +190,7 @@ def test_a_wrong_block_list_is_refused_by_name(case: str) -> None:
     listed, total, why = BLOCK_LISTS[case]
     reader = StreamReader(StreamLimits(blocks=4))
     with pytest.raises(ProtocolError, match=why):
-        raise _error(head() + ram_start(listed, total), reader)
+        raise mistake(head() + ram_start(listed, total), reader)
 
 
 def test_a_block_of_small_pages_is_refused_when_advise_names_only_huge_ones() -> None:
@@ -252,159 +220,9 @@ def test_without_advise_no_page_size_is_looked_for() -> None:
     assert BlockList(PAGE, (BlockEntry("a", PAGE, PAGE),)) in events
 
 
-RECORDS = {
-    "no flag": (word(0, 0), "unknown or contradicting flags 0x000"),
-    "PAGE and ZERO": (word(0, 0x0A), "unknown or contradicting flags 0x00a"),
-    "PAGE and EOS": (word(0, 0x18), "unknown or contradicting flags 0x018"),
-    "EOS with an offset": (word(PAGE, 0x10), "unknown or contradicting flags 0x010"),
-    "unknown flag": (word(0, 0x800), "unknown or contradicting flags 0x800"),
-    "only CONTINUE": (word(0, 0x20), "unknown or contradicting flags 0x020"),
-    "FULL": (word(0, 0x01), r"obsolete RAM record \(FULL\)"),
-    "XBZRLE": (word(0, 0x40) + NAME, "XBZRLE pages are not supported: switch"),
-    "XBZRLE with CONTINUE": (word(0, 0x60), "XBZRLE pages are not supported"),
-    "HOOK": (word(0, 0x80), "RDMA is not supported"),
-    "COMPRESS_PAGE": (word(0, 0x100) + NAME, "compressed pages are not supported: switch"),
-    "MULTIFD_FLUSH": (word(0, 0x200), "a multifd sync: multifd is not supported"),
-    "CONTINUE first": (word(0, 0x28), "CONTINUE before any that names a block"),
-    "zero with CONTINUE first": (word(0, 0x22), "CONTINUE before any that names a block"),
-    "unknown block": (word(0, 0x08) + b"\x03abc", "a page of RAM block 'abc', which is not listed"),
-    "name that is no text": (word(0, 0x08) + b"\x02\xff\n", r"RAM block '\\\\xff\\n', which"),
-    "page behind the block": (
-        word(RAM.length, 0x08) + NAME,
-        "a page at 0x4000000 of block 'pc.ram', which has 0x4000000",
-    ),
-    "zero behind the block": (word(RAM.length, 0x02) + NAME, "a page at 0x4000000 of block"),
-    "page at the end of the world": (
-        word((1 << 64) - PAGE, 0x08) + NAME,
-        "a page at 0xfffffffffffff000",
-    ),
-    "zero with a fill byte": (word(PAGE, 0x02) + NAME + b"\x01", "at 0x1000 .* filled with 0x01"),
-    "second block list": (word(PAGE, 0x04), "a second list of RAM blocks"),
-    "wrong footer id": (word(0, 0x10) + b"\x7e\0\0\0\x09", "not with its footer"),
-    "no footer": (word(0, 0x10) + command(1), "not with its footer"),
-}
-
-
-@pytest.mark.parametrize("case", RECORDS)
-def test_a_wrong_record_is_refused_by_name_at_the_byte_where_it_begins(case: str) -> None:
-    data, why = RECORDS[case]
-    error = _error(until_pages() + data)
-    with pytest.raises(ProtocolError, match=why):
-        raise error
-    at = len(until_pages()) + (8 if "footer" in case else 0)
-    assert error.position == at
-
-
-ZEROS = writer.StreamWriter(SECTION_ID).zero_pages(RAM.name, range(0, 100 * PAGE, PAGE))
-IN_A_RUN = {
-    "fill byte": (word(PAGE, 0x22) + b"\x80", "filled with 0x80"),
-    "behind the block": (word(RAM.length, 0x22) + b"\0", "a page at 0x4000000"),
-    "flags": (word(PAGE, 0x62) + b"\0", "contradicting flags 0x062"),
-}
-
-
-@pytest.mark.parametrize("case", IN_A_RUN)
-@pytest.mark.parametrize("behind", [b"", ZEROS[16:]], ids=["last", "in between"])
-def test_a_mistake_inside_a_run_of_zero_pages_is_found(case: str, behind: bytes) -> None:
-    data, why = IN_A_RUN[case]
-    outcome = receive(StreamReader(), until_pages() + ZEROS + data + behind)
-    assert sum(isinstance(event, tuple) for event in outcome.events) == 100
-    assert outcome.error is not None
-    assert outcome.error.position == len(until_pages() + ZEROS)
-    with pytest.raises(ProtocolError, match=why):
-        raise outcome.error
-
-
-@pytest.mark.parametrize("offset", [RAM.length, (1 << 64) - PAGE])
-def test_a_page_behind_the_block_is_found_where_pages_were_expected(offset: int) -> None:
-    ram = writer.StreamWriter(SECTION_ID)
-    reader = StreamReader()
-    run = b"".join(
-        header + bytes(PAGE) for header in ram.page_headers(RAM.name, [0, PAGE, 2 * PAGE])
-    )
-    # The first part makes the reader expect pages, the second meets the expectation.
-    list(reader.feed(until_pages(ram) + run))
-    last = word(RAM.length - PAGE, 0x28) + bytes(PAGE)
-    outcome = receive(reader, last + word(offset, 0x28) + bytes(PAGE) + last)
-    assert [event[2] for event in outcome.events if isinstance(event, tuple)] == [RAM.length - PAGE]
-    assert f"a page at {offset:#x} of block 'pc.ram'" in str(outcome.error)
-
-
-@pytest.mark.parametrize("kind", ["pages where pages were expected", "pages", "zero pages"])
-@pytest.mark.parametrize("inside", [1, 2, 5, 9])
-def test_a_run_that_crosses_the_end_of_its_block_is_refused_there(kind: str, inside: int) -> None:
-    """Neighbours are checked as a run: the last page counts, not only the first."""
-    ram = writer.StreamWriter(SECTION_ID)
-    reader = StreamReader()
-    begin = until_pages(ram) + ram.zero_page(VGA.name, 0)
-    if kind == "pages where pages were expected":
-        begin += b"".join(
-            header + bytes(PAGE) for header in ram.page_headers(VGA.name, [0, PAGE, 2 * PAGE])
-        )
-    list(reader.feed(begin))
-    first = VGA.length - inside * PAGE
-    offsets = range(first, first + 12 * PAGE, PAGE)
-    if kind == "zero pages":
-        run = ram.zero_pages(VGA.name, offsets)
-        length = 9
-    else:
-        run = b"".join(header + bytes(PAGE) for header in ram.page_headers(VGA.name, offsets))
-        length = 8 + PAGE
-    outcome = receive(reader, run)
-    assert [event[2] for event in outcome.events if isinstance(event, tuple)] == list(
-        offsets[:inside]
-    )
-    assert outcome.error is not None
-    assert outcome.error.position == len(begin) + inside * length
-    assert f"a page at {VGA.length:#x} of block 'vga.vram'" in str(outcome.error)
-
-
 def test_a_page_size_that_advise_does_not_name_is_refused() -> None:
     listed = entry(b"a", 1 << 30) + struct.pack(">Q", 1 << 30)
     assert "a block name that is empty" in refusal(head() + ram_start(listed, 2 << 30))
-
-
-DISCARDS = {
-    "empty": (b"", "a discard of 0 bytes"),
-    "version": (b"\x01" + NAME + bytes(17), "a discard of version 1"),
-    "missing NUL": (b"\0" + NAME + b"x" + bytes(16), "without NUL"),
-    "name longer than the command": (b"\0\xffpc.ram", "without NUL"),
-    "unknown block": (b"\0\x02no\0" + bytes(16), "RAM block 'no', which is not listed"),
-    "no range": (b"\0" + NAME + b"\0", "0 bytes of ranges"),
-    "half a range": (b"\0" + NAME + bytes(9), "8 bytes of ranges"),
-    "nothing discarded": (b"\0" + NAME + bytes(17), "is not whole pages"),
-    "start not aligned": (b"\0" + NAME + b"\0" + struct.pack(">QQ", 1, PAGE), "not whole pages"),
-    "length not aligned": (b"\0" + NAME + b"\0" + struct.pack(">QQ", 0, 1), "not whole pages"),
-    "part of a huge page": (
-        b"\0\x03big\0" + struct.pack(">QQ", 0, PAGE),
-        "not whole pages of 0x200000",
-    ),
-    "beyond the block": (
-        b"\0" + NAME + b"\0" + struct.pack(">QQ", RAM.length - PAGE, 2 * PAGE),
-        "beyond block 'pc.ram'",
-    ),
-    "overflow": (
-        b"\0" + NAME + b"\0" + struct.pack(">QQ", PAGE, (1 << 64) - PAGE),
-        "beyond block 'pc.ram'",
-    ),
-    "second range wrong": (
-        b"\0" + NAME + b"\0" + struct.pack(">QQQQ", 0, PAGE, RAM.length, PAGE),
-        "beyond block 'pc.ram'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DISCARDS)
-def test_a_wrong_discard_is_refused_by_name(case: str) -> None:
-    payload, why = DISCARDS[case]
-    with pytest.raises(ProtocolError, match=why):
-        raise _error(head() + START + discard(payload))
-
-
-def test_a_discard_of_as_many_ranges_as_fit_is_accepted() -> None:
-    payload = b"\0" + NAME + b"\0" + struct.pack(">QQ", PAGE, PAGE) * 4094
-    message = read(head() + START + discard(payload))[-1]
-    assert message == Discard("pc.ram", ((PAGE, PAGE),) * 4094)
 
 
 ORDERS = {
@@ -425,7 +243,7 @@ ORDERS = {
 def test_a_wrong_order_is_refused_by_name(case: str) -> None:
     data, why = ORDERS[case]
     with pytest.raises(ProtocolError, match=why):
-        raise _error(head() + data)
+        raise mistake(head() + data)
 
 
 def test_target_pages_of_advise_must_be_those_of_the_configuration() -> None:
@@ -503,7 +321,7 @@ def test_a_wrong_resumed_connection_is_refused_by_name(case: str) -> None:
     data, why = RESUMED[case]
     reader = StreamReader(resume=ResumeState(BLOCKS, SECTION_ID, PAGE))
     with pytest.raises(ProtocolError, match=why):
-        raise _error(data, reader)
+        raise mistake(data, reader)
 
 
 def test_what_has_no_block_list_cannot_be_resumed() -> None:
