@@ -109,10 +109,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _ENGINE.package_limit >> 20
     )
     """Largest device package that is accepted, MiB."""
-    receive_buffer_kib: Annotated[int, Meta(ge=16, le=65536, description="KiB, 16 to 65536")] = (
-        _ENGINE.receive_buffer >> 10
+    fault_window_kib: Annotated[int, Meta(ge=16, le=65536, description="KiB, 16 to 65536")] = (
+        _ENGINE.fault_window >> 10
     )
-    """What may queue in a stream's socket before a page that a fault waits for, KiB."""
+    """What may queue in a TCP stream before a page that a fault waits for, KiB."""
     descriptors: Annotated[
         int, Meta(ge=256, le=1 << 20, description="a number from 256 to 1048576")
     ] = 4096
@@ -184,7 +184,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             idle_timeout=self.timeouts.idle,
             vmm_timeout=self.timeouts.vmm,
             close_timeout=self.timeouts.close,
-            receive_buffer=self.limits.receive_buffer_kib << 10,
+            fault_window=self.limits.fault_window_kib << 10,
         )
 
 

@@ -179,7 +179,7 @@ class IncomingMigration:
             deliver=self._deliver,
             faults_first=self._faults_first,
             lost=self._stream_lost,
-            fault_window=self._settings.receive_buffer,
+            fault_window=self._settings.fault_window,
         )
         self._return_path = ReturnPath(self._loop, connection, self._stream_lost)
         self._trace(events.StreamAttached(peer))

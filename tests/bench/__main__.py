@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from tests.bench.cases import HUGE, Case, cases
 from tests.bench.figures import Figure, figures, percentile
+from tests.bench.huge_pages import huge_pages
 from tests.bench.programs import compiled
 from tests.bench.residence import resident_memory
-from tests.bench.runs import Run, round_trips, run_floor, run_postcopyd
+from tests.bench.runs import Run, RunFailed, round_trips, run_floor, run_postcopyd
+from tests.bench.table import show
 from tests.daemon.daemon_process import running_daemon
-
-_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
 def main() -> int:
@@ -38,8 +36,17 @@ def main() -> int:
     parser.add_argument("--json", default="", metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
     chosen = [case for case in cases(arguments.quick) if arguments.only in case.name]
+    if not chosen:
+        names = ", ".join(repr(case.name) for case in cases(arguments.quick))
+        parser.error(f"no case is called {arguments.only!r}; there are {names}")
+    if arguments.runs < 1:
+        parser.error("--runs must be 1 or more")
     notes = Console(stderr=True)
-    result = measure(chosen, arguments.runs, arguments.quick, notes)
+    try:
+        result = measure(chosen, arguments.runs, arguments.quick, notes)
+    except RunFailed as error:
+        notes.print(f"the bench cannot measure: {error}", style="red", markup=False)
+        return 1
     if arguments.json != "-":
         show(result, Console(width=120))
     if arguments.json:
@@ -52,18 +59,23 @@ def main() -> int:
 
 
 def measure(chosen: list[Case], runs: int, quick: bool, notes: Console) -> dict[str, Any]:
-    """Run every case `runs` times, floor and postcopyd in turn."""
+    """Run every case `runs` times, floor and postcopyd in turn.
+
+    :raise RunFailed: if a run does not end well.
+    """
+    load = os.getloadavg()[0]
     programs = compiled()
     trips = round_trips(programs, 500 if quick else 20000)
     trip = percentile(trips, 50)
     found: list[Figure] = []
+    verified: dict[str, int] = {}
     without_huge_pages: list[str] = []
     with tempfile.TemporaryDirectory(prefix="postcopyd-bench-") as name:
         directory = Path(name)
         with running_daemon(directory) as daemon:
             resident = resident_memory(daemon)
             for case in chosen:
-                with _huge_pages(case) as there:
+                with huge_pages(case.length // HUGE if case.page_size == HUGE else 0) as there:
                     if not there:
                         without_huge_pages.append(case.name)
                         continue
@@ -74,9 +86,12 @@ def measure(chosen: list[Case], runs: int, quick: bool, notes: Console) -> dict[
                         floor.append(run_floor(programs, directory, case))
                         ours.append(run_postcopyd(programs, directory, case, daemon))
                     found += figures(case, floor, ours, trip)
+                    verified[case.name] = min(run.verified for run in floor + ours)
+            resident["most"] = daemon.memory("VmHWM") / 2**20
     return {
-        "machine": f"{platform.machine()}, Linux {platform.release()}, "
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
         f"Python {platform.python_version()}",
+        "load": load,
         "runs": runs,
         "round_trip": {
             "p50": trip,
@@ -84,63 +99,10 @@ def measure(chosen: list[Case], runs: int, quick: bool, notes: Console) -> dict[
             "p99.9": percentile(trips, 99.9),
         },
         "figures": [figure.as_json() for figure in found],
+        "verified_pages": verified,
         "resident_mib": resident,
         "no_huge_pages_for": without_huge_pages,
     }
-
-
-@contextmanager
-def _huge_pages(case: Case) -> Iterator[bool]:
-    """Have the huge pages that `case` needs while the block lasts; say whether they are there."""
-    if case.page_size != HUGE:
-        yield True
-        return
-    before = _POOL.read_text()
-    try:
-        _POOL.write_text(str(int(before) + case.length // HUGE))
-        yield int(_POOL.read_text()) >= int(before) + case.length // HUGE
-    except PermissionError:
-        yield False
-    finally:
-        if _POOL.read_text() != before:
-            _POOL.write_text(before)
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the figures as a table."""
-    trip = result["round_trip"]
-    console.print(f"{result['machine']}; medians of {result['runs']} runs (least to most)")
-    console.print(
-        f"bare round trip: p50 {trip['p50']:.1f} us, p99 {trip['p99']:.1f} us, "
-        f"p99.9 {trip['p99.9']:.1f} us"
-    )
-    table = Table()
-    for column in ("case", "figure", "floor in C", "postcopyd", "ratio", "goal", "round trips"):
-        table.add_column(column, justify="left" if column in ("case", "figure") else "right")
-    for figure in result["figures"]:
-        trips = figure["round_trips"]
-        table.add_row(
-            figure["case"],
-            f"{figure['figure']}, {figure['unit']}",
-            _with_range(figure["floor"], figure["floor_range"]),
-            _with_range(figure["postcopyd"], figure["postcopyd_range"]),
-            f"{figure['ratio']:.2f}",
-            figure["goal"],
-            f"{trips:.1f}" if trips is not None else "",
-        )
-    console.print(table)
-    resident = result["resident_mib"]
-    console.print(
-        f"the daemon's memory: {resident['idle']:.1f} MiB idle (goal <= 60), "
-        f"{resident['per_migration']:.2f} MiB for each migration of 256 MiB"
-    )
-    for name in result["no_huge_pages_for"]:
-        console.print(f"not measured: {name}: no huge pages are to be had (try as root)")
-
-
-def _with_range(middle: float, extremes: list[float]) -> str:
-    digits = 2 if middle < 10 else 0
-    return f"{middle:.{digits}f} ({extremes[0]:.{digits}f} to {extremes[1]:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Figure:
     postcopyd_range: tuple[float, float]
     ratio: float
     """postcopyd to floor, from the medians."""
-    round_trips: float | None
-    """postcopyd's as a multiple of the bare round trip of the same run; None if it is no time."""
+    round_trips: tuple[float, float] | None
+    """The floor's and postcopyd's as multiples of the bare round trip; None if no latencies."""
     goal: str
 
     def as_json(self) -> dict[str, Any]:
@@ -52,7 +52,14 @@ class Figure:
 def figures(case: Case, floor: list[Run], postcopyd: list[Run], round_trip: float) -> list[Figure]:
     """Return the figures of a case from its runs; `round_trip` in microseconds."""
 
-    def figure(name: str, unit: str, of_floor: list[float], of_ours: list[float]) -> Figure:
+    def figure(
+        name: str,
+        unit: str,
+        of_floor: list[float],
+        of_ours: list[float],
+        *,
+        is_latency: bool = False,
+    ) -> Figure:
         middle, ours = median(of_floor), median(of_ours)
         goal = GOALS.get((case.name, name))
         return Figure(
@@ -64,31 +71,48 @@ def figures(case: Case, floor: list[Run], postcopyd: list[Run], round_trip: floa
             floor_range=(min(of_floor), max(of_floor)),
             postcopyd_range=(min(of_ours), max(of_ours)),
             ratio=ours / middle if middle else 0.0,
-            round_trips=ours / round_trip if unit == "us" else None,
+            round_trips=(middle / round_trip, ours / round_trip) if is_latency else None,
             goal=f"{goal[0]} {goal[1]:g}" if goal else "",
         )
 
-    if case.faults:
-        return [
-            figure(
-                f"p{percent:g}",
-                "us",
-                [percentile(run.latencies, percent) for run in floor],
-                [percentile(run.latencies, percent) for run in postcopyd],
-            )
-            for percent in (50, 99, 99.9)
-        ]
-    return [
+    latencies = [
         figure(
-            "throughput",
-            "MB/s",
-            [case.length / run.seconds / 1e6 for run in floor],
-            [case.length / run.seconds / 1e6 for run in postcopyd],
-        ),
-        figure(
-            "CPU",
-            "s/GiB",
-            [run.cpu * _GIB / case.length for run in floor],
-            [run.cpu * _GIB / case.length for run in postcopyd],
-        ),
+            f"p{percent:g}",
+            "us",
+            [percentile(run.latencies, percent) for run in floor],
+            [percentile(run.latencies, percent) for run in postcopyd],
+            is_latency=True,
+        )
+        for percent in (50, 99, 99.9)
     ]
+    if case.order == "none":
+        cpu = figure(
+            "CPU a fault",
+            "us",
+            [run.cpu * 1e6 / case.faults for run in floor],
+            [run.cpu * 1e6 / case.faults for run in postcopyd],
+        )
+        return [*latencies, cpu]
+    throughput = figure(
+        "throughput",
+        "MB/s",
+        [case.length / run.seconds / 1e6 for run in floor],
+        [case.length / run.seconds / 1e6 for run in postcopyd],
+    )
+    if case.faults:
+        # Who holds the background back serves faults sooner: one figure is nothing without the
+        # other.
+        count = figure(
+            "faults",
+            "a run",
+            [float(len(run.latencies)) for run in floor],
+            [float(len(run.latencies)) for run in postcopyd],
+        )
+        return [*latencies, throughput, count]
+    cpu = figure(
+        "CPU",
+        "s/GiB",
+        [run.cpu * _GIB / case.length for run in floor],
+        [run.cpu * _GIB / case.length for run in postcopyd],
+    )
+    return [throughput, cpu]

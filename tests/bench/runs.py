@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 
 from tests.bench.cases import BLOCK, Case, write_preamble
 from tests.daemon.daemon_process import RunningDaemon
+from tests.support import ROOT
 
 _LIMIT = 300.0
+"""Seconds after which a run is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,85 +32,108 @@ class Run:
     """Seconds of processor time of the receiver."""
     latencies: list[int]
     """How long the guest waited for each missing page, nanoseconds, in order of size."""
+    verified: int
+    """Target pages that were compared with what the source had sent, every byte of them."""
 
 
-class WrongMemory(Exception):
-    """The memory was not what the source had sent: the figures mean nothing."""
+class RunFailed(Exception):
+    """A run did not end as it must, or the memory was wrong: its figures mean nothing."""
 
 
 def round_trips(programs: Path, count: int) -> list[int]:
     """Return the bare round trips in order of size, nanoseconds."""
     done = subprocess.run(
-        [str(programs / "round_trip"), str(count)],
-        check=True,
-        stdout=subprocess.PIPE,
-        timeout=_LIMIT,
+        [programs / "round_trip", str(count)], check=True, stdout=subprocess.PIPE, timeout=_LIMIT
     )
     return sorted(json.loads(done.stdout))
 
 
 def run_floor(programs: Path, directory: Path, case: Case) -> Run:
-    """Run `case` into the destination in C."""
+    """Run `case` into the destination in C.
+
+    :raise RunFailed: if it does not end well.
+    """
     preamble = directory / "preamble"
     skip = write_preamble(preamble, case)
-    words = [str(skip), BLOCK, str(case.pages), str(case.page_size), str(case.faults)]
-    words += [str(int(case.order == "zero")), str(int(case.order != "none"))]
-    with _process([str(programs / "floor"), *words]) as floor:
-        port = _line(floor)
-        _send(programs, preamble, case, port)
+    with _process([str(programs / "floor"), str(skip), BLOCK, *_guest_words(case)]) as floor:
+        _send(programs, preamble, case, _line(floor))
         told = json.loads(_line(floor))
-    _check(told, case)
-    return Run(told["seconds"], told["cpu"], told["latencies"])
+    return _run(case, told, told["seconds"], told["cpu"])
 
 
 def run_postcopyd(programs: Path, directory: Path, case: Case, daemon: RunningDaemon) -> Run:
-    """Run `case` into a daemon and a VMM in a process of its own."""
+    """Run `case` into a daemon and a VMM in a process of its own.
+
+    :raise RunFailed: if it does not end well.
+    """
     preamble = directory / "preamble"
     write_preamble(preamble, case)
-    words = [str(programs / "guest.so"), str(daemon.handoff), str(case.pages)]
-    words += [str(case.page_size), str(case.faults)]
-    words += [str(int(case.order == "zero")), str(int(case.order != "none"))]
+    words = [str(programs / "guest.so"), str(daemon.handoff), *_guest_words(case)]
     with _process([sys.executable, "-m", "tests.bench.vmm", *words]) as vmm:
         port = _line(vmm)
         before = _cpu_seconds(daemon.process.pid)
         _send(programs, preamble, case, port)
-        report = daemon.client.wait("bench")
+        report = daemon.client.wait("bench", _LIMIT)
         cpu = _cpu_seconds(daemon.process.pid) - before
+        if report["state"] != "end":
+            raise RunFailed(f"{case.name}: the migration is {report['state']}: {report['failure']}")
         told = json.loads(_line(vmm))
     daemon.client.cancel("bench")  # it has ended: this forgets it
-    _check(told, case)
-    return Run(report["seconds_resident"], cpu, told["latencies"])
+    return _run(case, told, report["seconds_resident"], cpu)
 
 
-def _check(told: dict[str, object], case: Case) -> None:
-    if told["wrong"]:
-        raise WrongMemory(f"{case.name}: {told['wrong']} pages were wrong")
+def _guest_words(case: Case) -> list[str]:
+    """Return what floor and VMM are told alike: PAGES HOST_PAGE FAULTS EXPECT_ZERO VERIFY."""
+    zero, all_sent = case.order == "zero", case.order != "none"
+    return [str(int(x)) for x in (case.pages, case.page_size, case.faults, zero, all_sent)]
+
+
+def _run(case: Case, told: dict[str, int | list[int]], seconds: float, cpu: float) -> Run:
+    latencies, wrong, verified = told["latencies"], told["wrong"], told["verified"]
+    assert isinstance(latencies, list) and isinstance(verified, int)
+    if wrong:
+        raise RunFailed(f"{case.name}: {wrong} pages were wrong")
+    if case.order == "none" and len(latencies) != case.faults:
+        raise RunFailed(f"{case.name}: {len(latencies)} faults, not {case.faults}")
+    return Run(seconds, cpu, sorted(latencies), verified)
 
 
 def _send(programs: Path, preamble: Path, case: Case, port: str) -> None:
     words = [port, str(preamble), BLOCK, str(case.pages), str(case.page_size)]
     words += [case.order, str(case.faults if case.order == "none" else 0)]
-    subprocess.run([str(programs / "source"), *words], check=True, timeout=_LIMIT)
+    done = subprocess.run([programs / "source", *words], check=False, timeout=_LIMIT)
+    if done.returncode:
+        raise RunFailed(f"{case.name}: the source ended with status {done.returncode}")
 
 
 def _cpu_seconds(process: int) -> float:
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the processor time of a process, by its own clock: /proc counts in ticks of 10 ms."""
+    clock = ctypes.c_int()
+    error = ctypes.CDLL(None).clock_getcpuclockid(process, ctypes.byref(clock))
+    if error:
+        raise OSError(error, os.strerror(error))
+    return time.clock_gettime(clock.value)
 
 
 @contextmanager
 def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    """Run a program that must end by itself; it is killed when it takes too long."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        watch = Timer(_LIMIT, process.kill)
+        watch.start()
         try:
             yield process
+            process.wait(_LIMIT)
         finally:
-            if process.poll() is None:
-                process.kill()
+            watch.cancel()
+            process.kill()
+    if process.returncode:
+        raise RunFailed(f"{command[0]} ended with status {process.returncode}")
 
 
 def _line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise WrongMemory(f"{process.args!r} ended with status {process.wait()}")
+        raise RunFailed(f"{process.args!r} ended with status {process.wait(_LIMIT)}")
     return line.strip()

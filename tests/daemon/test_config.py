@@ -41,13 +41,13 @@ def test_the_engine_gets_its_own_defaults() -> None:
 
 def test_every_setting_of_the_engine_can_be_changed() -> None:
     changed = parse(
-        "[limits]\npackage_mib = 3\nreceive_buffer_kib = 64\n"
+        "[limits]\npackage_mib = 3\nfault_window_kib = 64\n"
         "[timeouts]\nvmm = 1\nfirst_byte = 2.5\nidle = 3\nclose = 4\n",
         "test",
     )
     assert changed.engine_settings() == Settings(
         package_limit=3 << 20,
-        receive_buffer=64 << 10,
+        fault_window=64 << 10,
         vmm_timeout=1.0,
         first_byte_timeout=2.5,
         idle_timeout=3.0,
