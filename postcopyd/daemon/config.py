@@ -24,7 +24,7 @@ from postcopyd.daemon.config_problems import (
     find_problems,
     line_of_syntax_error,
 )
-from postcopyd.daemon.sockets import UNIX_PATH_LIMIT, check_listen
+from postcopyd.daemon.sockets import check_listen, check_path
 from postcopyd.incoming.settings import Settings
 from postcopyd.vmm.peer import AllowedPeers
 
@@ -43,13 +43,6 @@ def check_name(name: str) -> None:
         raise ValueError(f"{name!r} is not a name for a migration, which is {NAME_RULE}")
 
 
-def _check_path(path: str) -> None:
-    if not path.startswith("/"):
-        raise ValueError(f"{path!r} is not an absolute path")
-    if len(path.encode(errors="surrogateescape")) > UNIX_PATH_LIMIT:
-        raise ValueError(f"{path!r} is too long: at most {UNIX_PATH_LIMIT} bytes fit")
-
-
 def _unless_empty(check: Callable[[str], None]) -> Callable[[str], None]:
     return lambda text: check(text) if text else None
 
@@ -66,12 +59,12 @@ _Name = Annotated[
     str, Meta(description='the name of a migration in quotes, such as "vm0"'), Check(check_name)
 ]
 _SocketPath = Annotated[
-    str, Meta(description="the path of a Unix socket in quotes"), Check(_check_path)
+    str, Meta(description="the path of a Unix socket in quotes"), Check(check_path)
 ]
 _OptionalSocketPath = Annotated[
     str,
     Meta(description="the path of a Unix socket in quotes"),
-    Check(_unless_empty(_check_path)),
+    Check(_unless_empty(check_path)),
 ]
 _Mode = Annotated[
     int, Meta(ge=0, le=0o777, description="the permissions of a file in octal, such as 0o660")

@@ -101,6 +101,7 @@ class ControlApi:
     async def close(self) -> None:
         """Serve no more and close the socket; answers under way have a second."""
         self._acceptor.close()
+        await asyncio.gather(*self._connecting)
         await self._runner.cleanup()
 
     # -- connections -------------------------------------------------------------------------
@@ -197,8 +198,9 @@ class _Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer a request that could not be read, and close the connection."""
-        self.force_close()
-        return _error("invalid-request", f"the request is not HTTP: {message or exc}", _SEE)
+        answer = _error("invalid-request", f"the request is not HTTP: {message or exc}", _SEE)
+        answer.force_close()
+        return answer
 
 
 _SEE: Final = "postcopyd(8) lists what can be asked"

@@ -97,6 +97,8 @@ class Registry:
         self._check_may_create(name)
         try:
             address = sockets.listen_address(listen or self._configuration.listen)
+            if handoff:
+                sockets.check_path(handoff)
         except ValueError as error:
             raise RegistryError("invalid-address", str(error)) from None
         mode, group = self._configuration.handoff_mode, self._configuration.handoff_group

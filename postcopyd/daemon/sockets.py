@@ -16,7 +16,7 @@ from typing import Final
 
 from postcopyd.wire.address import Address
 
-UNIX_PATH_LIMIT: Final = 107
+_UNIX_PATH_LIMIT: Final = 107
 """Bytes that fit sun_path in front of its NUL (unix(7))."""
 
 _FIRST_HANDED_OVER: Final = 3  # SD_LISTEN_FDS_START
@@ -53,6 +53,17 @@ def check_listen(text: str) -> None:
     :raise ValueError: with the reason.
     """
     listen_address(text)
+
+
+def check_path(path: str) -> None:
+    """Check the path of a Unix socket.
+
+    :raise ValueError: with the reason.
+    """
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is not an absolute path")
+    if len(path.encode(errors="surrogateescape")) > _UNIX_PATH_LIMIT or "\0" in path:
+        raise ValueError(f"{path!r} is no path of a socket: at most {_UNIX_PATH_LIMIT} bytes fit")
 
 
 def open_stream_listener(address: Address, mode: int, group: str) -> socket.socket:

@@ -220,10 +220,13 @@ class IncomingMigration:
         :raise OSError: if there is no memory to keep it.
         """
         assert self._stream is not None
+        if self.state is State.RUNNING and type(message) is Pages:
+            self._place_pages(message)  # the hot path
+            return
         check_message(self.state, message, self._stream.reader.position)
         match message:
             case Pages():
-                self._take_pages(message)
+                self._stage_pages(message)
             case ZeroPages():
                 self._take_zeros(message)
             case RamSectionEnd() | SwitchoverStart():
@@ -250,16 +253,17 @@ class IncomingMigration:
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not supported", None)
 
-    def _take_pages(self, message: Pages) -> None:
+    def _place_pages(self, message: Pages) -> None:
         assert self._filling is not None and self._stream is not None
-        if self.state is State.RUNNING:
-            if not self._filling.place_pages(message, self._target_page_size):
-                self._stream.pause()
-            self._stream.reader.read_ahead_pages = (
-                _READ_AHEAD_FAULTS if self._filling.waiting else _READ_AHEAD_IDLE
-            )
-        else:
-            self._filling.stage_pages(message, self._target_page_size)
+        if not self._filling.place_pages(message, self._target_page_size):
+            self._stream.pause()
+        self._stream.reader.read_ahead_pages = (
+            _READ_AHEAD_FAULTS if self._filling.waiting else _READ_AHEAD_IDLE
+        )
+
+    def _stage_pages(self, message: Pages) -> None:
+        assert self._filling is not None
+        self._filling.stage_pages(message, self._target_page_size)
 
     def _take_zeros(self, message: ZeroPages) -> None:
         assert self._filling is not None and self._stream is not None
@@ -364,12 +368,11 @@ class IncomingMigration:
         if self._stream is not None:
             self._stream.faults_wait()
         request_page = return_path.writer.request_page
-        return_path.send(
-            b"".join(
-                request_page(block.name, page * block.page_size, block.page_size)
-                for block, page in pages
-            )
-        )
+        message = b""
+        for block, page in pages:
+            size = block.page_size
+            message += request_page(block.name, page * size, size)
+        return_path.send(message)
 
     def _memory_removed(self, block: RamBlock, offset: int, length: int) -> None:
         if not self._removed_before:

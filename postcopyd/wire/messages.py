@@ -71,7 +71,7 @@ class BlockList:
     """In the source's order, which means nothing; no two have the same name."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes each of them three times as dear to make
 class Pages:
     """Page contents, in the order in which they came, all of one block.
 
@@ -105,7 +105,7 @@ class Pages:
         return self.data[start : start + self.page_size]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes each of them three times as dear to make
 class ZeroPages:
     """Pages that are all zero, in the order in which they came, all of one block."""
 

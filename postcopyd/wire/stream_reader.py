@@ -194,8 +194,9 @@ class StreamReader:
         pages, holds = scatter.received(count, parser.ram.block, parser.messages)
         self._buffer.base += pages * (WORD_LENGTH + parser.target_page_size)
         if holds:
-            if pages >= self._guess:
-                self._guess = min(2 * pages, READ_AHEAD_PAGES)
+            # A list that is longer than what comes costs time: each entry is looked at. So it
+            # grows with a burst, and shrinks to next to nothing for pages that come one by one.
+            self._guess = min(max(2 * pages, self._guess // 2, _SMALLEST_GUESS), READ_AHEAD_PAGES)
         else:
             # What follows the mistake is copied, so the next guess is no longer than this run was.
             self._guess = max(pages, _SMALLEST_GUESS)

@@ -37,7 +37,13 @@ class Vmm:
             self._block.close()
             raise
 
-    def close(self) -> None:
+    async def leave(self) -> None:
+        """Go away, as a process that ends."""
+        # The kernel lets nobody unmap watched memory before whoever watches has been told of it,
+        # and that is done in this process's own event loop.
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
         self.destination.close()
         self._block.close()
 

@@ -92,7 +92,7 @@ async def test_a_vmm_with_a_new_name_creates_its_migration(hosted: Hosted) -> No
     entry = hosted.registry.get("vm0")
     assert vmm.destination.listen == entry.listen
     assert entry.view()["vmm"].startswith("pid ")
-    vmm.close()
+    await vmm.leave()
     await hosted.reach(entry, "failed")
 
 
@@ -102,13 +102,13 @@ async def test_a_vmm_finds_the_migration_that_waits_for_it(hosted: Hosted, tmp_p
     vmm = await hosted.vmm("vm0")
     assert vmm.destination.listen == entry.listen
     assert not entry.waits_for_vmm
-    vmm.close()
+    await vmm.leave()
 
 
 async def test_a_vmm_may_say_where_its_source_is_waited_for(hosted: Hosted, tmp_path: Path) -> None:
     vmm = await hosted.vmm("vm0", f"unix:{tmp_path}/stream")
     assert vmm.destination.listen == (f"unix:{tmp_path}/stream",)
-    vmm.close()
+    await vmm.leave()
     await hosted.registry.get("vm0").wait(LIMIT)
     assert not (tmp_path / "stream").exists()
 
@@ -120,7 +120,7 @@ async def test_a_second_vmm_of_a_name_is_refused(hosted: Hosted) -> None:
         await hosted.vmm("vm0")
     assert held() == before
     assert not hosted.registry.get("vm0").state.ended
-    vmm.close()
+    await vmm.leave()
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ async def test_a_vmm_that_asks_for_what_cannot_be_is_told_so(
 
 
 async def test_a_name_that_has_ended_can_be_used_again(hosted: Hosted) -> None:
-    (await hosted.vmm("vm0")).close()
+    await (await hosted.vmm("vm0")).leave()
     first = hosted.registry.get("vm0")
     await first.wait(LIMIT)
     vmm = await hosted.vmm("vm0")
     assert hosted.registry.get("vm0") is not first
     assert [entry.name for entry in hosted.registry] == ["vm0"]
-    vmm.close()
+    await vmm.leave()
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ async def test_firecracker_gets_the_only_migration_that_waits(
     await hosted.until(lambda: not free.waits_for_vmm)
     assert free.view()["vmm"].startswith("Firecracker, pid ")
     assert not busy.view()["vmm"].startswith("Firecracker")
-    vmm.close()
+    await vmm.leave()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ async def test_a_whole_migration_ends_and_leaves_its_report(hosted: Hosted) -> N
     await hosted.reach(entry, "end")
     source.close()
     await entry.wait(LIMIT)
-    vmm.close()
+    await vmm.leave()
     assert entry.migration is None
     assert entry.view()["state"] == "end"
     assert entry.view()["received"] == LENGTH
@@ -269,7 +269,7 @@ async def test_cancelling_ends_it_and_keeps_it_listed(hosted: Hosted) -> None:
     assert list(hosted.registry) == [entry]
     with pytest.raises(MigrationFailed, match="cancelled by an operator"):
         await asyncio.to_thread(vmm.destination.wait_for_device_state, LIMIT)
-    vmm.close()
+    await vmm.leave()
     assert held() == before
 
 
@@ -289,7 +289,7 @@ async def test_after_the_package_only_force_ends_it(hosted: Hosted) -> None:
     assert entry.state.value == "running"
     assert (await hosted.registry.remove("vm0", force=True)).state.value == "failed"
     source.close()
-    vmm.close()
+    await vmm.leave()
 
 
 async def test_only_so_many_that_have_ended_stay_listed(hosted: Hosted) -> None:
@@ -328,7 +328,7 @@ async def test_stopping_waits_for_a_guest_that_lives_here(hosted: Hosted) -> Non
     source.close()
     await asyncio.wait_for(stopping, LIMIT)
     assert entry.view()["state"] == "end"
-    vmm.close()
+    await vmm.leave()
 
 
 async def test_stopping_without_waiting_gives_the_guest_up(hosted: Hosted) -> None:
@@ -337,7 +337,7 @@ async def test_stopping_without_waiting_gives_the_guest_up(hosted: Hosted) -> No
         await hosted.registry.stop(wait=False)
     assert entry.view()["state"] == "failed"
     source.close()
-    vmm.close()
+    await vmm.leave()
 
 
 async def test_the_summary_says_where_they_are(hosted: Hosted) -> None:

@@ -70,7 +70,9 @@ async def test_a_source_that_cancels_goes_on_and_the_migration_fails(
         await qemu.precopy_rounds(2)
         await qemu.execute("migrate_cancel")
 
-        assert await qemu.migration_status("cancelled", "failed") == "cancelled"
+        # Either is an end: QEMU 7.2 shuts the return path before it notes that it is cancelling, and
+        # its migration thread may find the broken connection first.
+        await qemu.migration_status("cancelled", "failed")
         await qemu.guest_goes_on()
         report = await daemon.ended("guest")
         assert report["state"] == "failed"
