@@ -78,17 +78,17 @@ class ControlClient:
                 f"postcopyd at {self._path} does not answer",
                 "systemctl status postcopyd tells how it is",
             ) from None
-        except OSError as error:
-            raise ControlError(
-                "unreachable",
-                f"postcopyd at {self._path} cannot be reached: {error.strerror or error}",
-                _remedy(error),
-            ) from error
         except (http.client.HTTPException, ValueError) as error:
             raise ControlError(
                 "unreachable",
                 f"what listens at {self._path} does not speak as postcopyd does",
                 "give the path of the control socket: --control PATH",
+            ) from error
+        except OSError as error:
+            raise ControlError(
+                "unreachable",
+                f"postcopyd at {self._path} cannot be reached: {error.strerror or error}",
+                _remedy(error),
             ) from error
         finally:
             connection.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator
 from io import StringIO
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from postcopyd.cli.control_client import ControlClient, ControlError
-from postcopyd.daemon import host_check_process, sockets
+from postcopyd.daemon import sockets
 from postcopyd.daemon.control import ControlApi
 from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
 from postcopyd.daemon.logging import configured
@@ -165,7 +166,7 @@ async def test_the_host_check_runs_in_a_process_of_its_own(api: Api) -> None:
 async def test_a_host_check_that_breaks_is_an_error(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_check_process.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ControlError, match="the host check ended with status 1") as caught:
         await api.ask("check")
     assert caught.value.code == "check-failed"

@@ -210,9 +210,11 @@ def test_a_vmm_of_another_user_is_refused(public_directory: Path) -> None:
 
 
 def test_a_client_of_another_user_is_refused(public_directory: Path) -> None:
-    with running_daemon(public_directory, "control_mode = 0o666\n") as daemon:
-        with pytest.raises(ControlError, match="user 65534 is not allowed to control postcopyd"):
-            as_nobody(daemon.client.list)
+    with (
+        running_daemon(public_directory, "control_mode = 0o666\n") as daemon,
+        pytest.raises(ControlError, match="user 65534 is not allowed to control postcopyd"),
+    ):
+        as_nobody(daemon.client.list)
 
 
 # -- stopping ----------------------------------------------------------------------------------

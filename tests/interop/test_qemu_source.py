@@ -70,8 +70,8 @@ async def test_a_source_that_cancels_goes_on_and_the_migration_fails(
         await qemu.precopy_rounds(2)
         await qemu.execute("migrate_cancel")
 
-        # Either is an end: QEMU 7.2 shuts the return path before it notes that it is cancelling, and
-        # its migration thread may find the broken connection first.
+        # Which one is a race inside QEMU 7.2: it shuts the return path before it notes that it is
+        # cancelling, and its migration thread may find the broken connection first.
         await qemu.migration_status("cancelled", "failed")
         await qemu.guest_goes_on()
         report = await daemon.ended("guest")
