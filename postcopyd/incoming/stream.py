@@ -15,6 +15,9 @@ _TCP_WINDOW_CLAMP = 10  # linux/tcp.h; the socket module has no name for it
 _WIDE_WINDOW = 1 << 30
 _WINDOW_UNIT = 4096
 """Windows are announced in units of 2^scale bytes; this is a multiple of the usual ones."""
+
+LARGEST_SEGMENT = (32 << 10) - 1
+"""TCP_MAXSEG for a listener, the most that it takes: caps the segments of the loopback only."""
 _QUIET = 0.05
 """Seconds without a fault after which the source may fill the socket's buffer again."""
 
@@ -103,7 +106,7 @@ class StreamConnection:
         self._last_fault = self._loop.time()
         if self._tcp and not self._window_is_narrow and not self.closed:
             self._window_is_narrow = True
-            self._clamp_window(_whole_segments(self._socket, self._fault_window))
+            self._clamp_window(_with_room(self._socket, self._fault_window))
             self._loop.call_later(_QUIET, self._widen_when_quiet)
 
     def _widen_when_quiet(self) -> None:
@@ -196,13 +199,13 @@ class StreamConnection:
         self._socket.close()
 
 
-def _whole_segments(connection: socket.socket, window: int) -> int:
-    """Return the window next to `window` that holds whole segments.
+def _with_room(connection: socket.socket, window: int) -> int:
+    """Return `window`, or the smallest one above it that does not stall.
 
-    A source waits with what does not fill a segment until the window has room for a whole one; a
-    window of one segment and a half stalls until the persist timer looks after it, 0.2 s later
-    (seen on the loopback, where a segment has 64 KiB).
+    A source sends nothing while less than a whole segment fits into the window; a receiver tells
+    of more room once half of the window is used. Where a segment is larger than that half, both
+    wait, until a timer looks after it 0.2 s later (seen on the loopback, whose segments have
+    64 KiB unless the listener asks for smaller ones: `LARGEST_SEGMENT`).
     """
     segment = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
-    whole = max(1, window // segment) * segment
-    return -(-whole // _WINDOW_UNIT) * _WINDOW_UNIT
+    return max(window, 2 * segment + _WINDOW_UNIT)
