@@ -18,7 +18,7 @@ _PROGRAM: Final = "postcopyctl"
 
 # Where each command lives. Only the module of the one that is asked for is imported: most commands
 # are to answer at once, and some need much.
-_MODULES: Final = {
+MODULES: Final = {
     "check": "postcopyd.cli.check",
     "list": "postcopyd.cli.migrations",
     "show": "postcopyd.cli.migrations",
@@ -95,9 +95,9 @@ def _modules_for(words: Sequence[str], common: argparse.ArgumentParser) -> Seque
     """Return the module of the command that is asked for, or all if it is not known which."""
     _, rest = common.parse_known_args(words)
     command = rest[0] if rest else ""
-    if command in _MODULES:
-        return (_MODULES[command],)
-    return tuple(dict.fromkeys(_MODULES.values()))
+    if command in MODULES:
+        return (MODULES[command],)
+    return tuple(dict.fromkeys(MODULES.values()))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _BODY_LIMIT: Final = 64 << 10  # bytes
 _LONGEST_WAIT: Final = 86400.0  # seconds
 _GRACE: Final = 1.0  # seconds for answers that are under way when the daemon stops
 
-_STATUSES: Final[dict[str, HTTPStatus]] = {
+ERROR_STATUSES: Final[dict[str, HTTPStatus]] = {
     "invalid-name": HTTPStatus.BAD_REQUEST,
     "invalid-address": HTTPStatus.BAD_REQUEST,
     "invalid-request": HTTPStatus.BAD_REQUEST,
@@ -228,7 +228,7 @@ def _raw(body: bytes, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
 def _error(
     code: str, message: str, hint: str, as_http: web.HTTPException | None = None
 ) -> web.Response:
-    status = _STATUSES[code] if as_http is None else HTTPStatus(as_http.status)
+    status = ERROR_STATUSES[code] if as_http is None else HTTPStatus(as_http.status)
     response = _json({"error": {"code": code, "message": message, "hint": hint}}, status)
     if as_http is not None and "Allow" in as_http.headers:
         response.headers["Allow"] = as_http.headers["Allow"]

@@ -58,6 +58,12 @@ SOURCE_REFUSED_ID: Final = "d26991d4c3c54e30a0399eb82e9c9d23"
 VMM_REFUSED_ID: Final = "353089378563465baaa7f11a4775fd31"
 INTERNAL_ERROR_ID: Final = "c4481f169e224715be3330629a54b566"
 
+MESSAGE_IDS: Final = frozenset(
+    {kind.message_id for kind in _KINDS.values()}
+    | {SOURCE_REFUSED_ID, VMM_REFUSED_ID, INTERNAL_ERROR_ID}
+)
+"""All of them."""
+
 
 def log_event(migration: str, event: events.Event) -> None:
     """Log what the engine tells of a migration."""

@@ -34,9 +34,10 @@ _MADV_DONTNEED = 4
 class Generation(Enum):
     """Firecracker versions, by the fields that tell the page size."""
 
-    V1_1 = ()
-    V1_7 = ("page_size_kib",)
-    V1_12 = ("page_size", "page_size_kib")
+    # Words, not tuples: the enum of Python 3.11.2 makes something else of an empty tuple.
+    V1_1 = ""
+    V1_7 = "page_size_kib"
+    V1_12 = "page_size page_size_kib"
 
 
 class FirecrackerStandIn:
@@ -68,7 +69,7 @@ class FirecrackerStandIn:
                     "base_host_virt_addr": region.address,
                     "size": region.length,
                     "offset": offset,
-                    **dict.fromkeys(generation.value, page_size),
+                    **dict.fromkeys(generation.value.split(), page_size),
                 }
             )
             offset += region.length
