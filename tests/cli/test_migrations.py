@@ -130,6 +130,7 @@ def test_waiting_for_what_ends_well_is_0(ctl: Ctl, daemon: RunningDaemon) -> Non
     with guest_that_lives_here(daemon, "vm0") as (vmm, source):
         asyncio.run(source.finish())
         vmm.destination.wait_for_completion(LIMIT)
+        source.close()
         assert ctl("wait", "vm0") == "vm0: all memory is here\n"
 
 

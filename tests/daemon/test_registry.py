@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -226,6 +228,19 @@ async def test_a_whole_migration_ends_and_leaves_its_report(hosted: Hosted) -> N
     assert entry.view()["state"] == "end"
     assert entry.view()["received"] == LENGTH
     assert held() == before
+
+
+async def test_nothing_of_the_engine_is_kept_for_what_has_ended(hosted: Hosted) -> None:
+    vmm, entry, source = await hosted.running("vm0")
+    assert entry.migration is not None
+    migration = weakref.ref(entry.migration)
+    await hosted.registry.remove("vm0", force=True)
+    source.close()
+    await vmm.leave()
+    await hosted.until(lambda: entry.done.done())
+    gc.collect()
+    assert migration() is None
+    assert entry.view()["package_length"] > 0
 
 
 async def test_a_second_source_is_refused_and_told_of(hosted: Hosted) -> None:

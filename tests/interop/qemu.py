@@ -27,9 +27,9 @@ DEADLINE: Final = 20.0
 """Seconds for any one thing that QEMU is waited for."""
 
 PRECOPY_BANDWIDTH: Final = 128 << 20
-"""Bytes a second; about 22 MiB go in the first round."""
+"""Bytes a second; more than 20 MiB go in the first round."""
 POSTCOPY_BANDWIDTH: Final = 64 << 20
-"""Bytes a second; about 24 MiB are dirty at the switchover."""
+"""Bytes a second; more than 20 MiB are missing at the switchover."""
 
 _KVM_CREATE_VM: Final = 0xAE01  # linux/kvm.h
 
