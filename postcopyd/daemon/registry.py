@@ -141,7 +141,7 @@ class Registry:
             return entry
         if not entry.migration.state.ended:
             try:
-                entry.migration.cancel("cancelled by an operator", force)
+                await entry.migration.cancel("cancelled by an operator", force)
             except Refused as error:
                 raise RegistryError(
                     "past-the-package",

@@ -105,7 +105,7 @@ class IncomingMigration:
         self._package_at: float | None = None
         self._loaded_at: float | None = None
         self._resident_at: float | None = None
-        self._cancel_reason = ""
+        self._cancels: list[tuple[str, bool, asyncio.Future[None]]] = []
         self._loop = asyncio.get_running_loop()
         self._quit = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._loop.add_reader(self._quit, self._on_quit)
@@ -186,22 +186,28 @@ class IncomingMigration:
         self._watch_idle(self._settings.first_byte_timeout)
         self._stream.resume()
 
-    def cancel(self, reason: str, force: bool = False) -> None:
+    def cancel(self, reason: str, force: bool = False) -> asyncio.Future[None]:
         """End it. Before the package the source goes on; after it the guest is lost.
 
-        May be called from a signal handler; it is carried out by the event loop.
+        It is carried out by the event loop, like everything that happens to a migration. The
+        future ends with `Refused` if the package was faster.
 
         :raise Refused: after the package, unless `force`; or when it has ended.
         """
         if self.state.ended:
             raise Refused(f"migration {self.name!r} has ended")
+        self._check_may_end(force)
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._cancels.append((reason, force, done))
+        os.eventfd_write(self._quit, 1)
+        return done
+
+    def _check_may_end(self, force: bool) -> None:
         if not self.before_package and not force:
             raise Refused(
                 f"migration {self.name!r} is {self.state.value}: its source cannot take the guest "
                 f"back, so cancelling loses the guest"
             )
-        self._cancel_reason = reason
-        os.eventfd_write(self._quit, 1)
 
     async def wait(self) -> None:
         """Return when the migration has ended and holds no descriptor any more."""
@@ -477,8 +483,17 @@ class IncomingMigration:
 
     def _on_quit(self) -> None:
         os.eventfd_read(self._quit)
-        if not self.state.ended:
-            self._end(self._cancel_reason)
+        cancels, self._cancels = self._cancels, []
+        for reason, force, done in cancels:
+            try:
+                if not self.state.ended:
+                    self._check_may_end(force)
+                    self._end(reason)
+            except Refused as error:
+                done.set_exception(error)
+                done.exception()  # whoever does not look at it did not want to know
+            else:
+                done.set_result(None)
 
     def _error(self, reason: str) -> None:
         """End it before the package, pause it after."""
@@ -520,6 +535,9 @@ class IncomingMigration:
         self._drop_stream()
         self._loop.remove_reader(self._quit)
         os.close(self._quit)
+        for _, _, done in self._cancels:
+            done.set_result(None)
+        self._cancels.clear()
         if self._emptying is not None and not self._emptying.done():
             # A thread is at work on the memory files: closing one under it would let it loose on
             # whatever gets the descriptor's number next.

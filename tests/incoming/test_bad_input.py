@@ -381,3 +381,27 @@ async def test_an_image_larger_than_the_machine_is_staged_without_touching_it(
     await engine.source.end()
     await engine.source.wait_for_shut()
     assert await asyncio.to_thread(engine.guest.touch(3).result) == image(5)[4 * PAGE :]
+
+
+async def test_a_cancel_that_the_package_overtakes_is_refused_and_the_guest_lives_on(
+    make_engine: MakeEngine,
+) -> None:
+    """The package lies in the socket already when the cancel comes: which one is first is chance,
+    but a guest that has arrived is never given up for a cancel that was meant to be harmless."""
+    engine = make_engine(pages=PAGES)
+    engine.attach()
+    await engine.source.send(UP_TO_BLOCKS)
+    await engine.source.send(stream_writer.discard("pc.ram", [(0, LENGTH)]), stream_writer.ping(2))
+    await engine.source.wait_for_pong(2)
+    engine.source.connection.setblocking(True)
+    engine.source.connection.sendall(stream_writer.package(DEVICE_STATE) + stream_writer.ping(4))
+    engine.source.connection.setblocking(False)
+    cancelled = engine.migration.cancel("harmless")
+    # What the loop would do if it looked at the stream first.
+    assert engine.migration._stream is not None
+    engine.migration._stream._readable()
+    assert engine.migration.state is State.LISTENING
+    with pytest.raises(Refused, match="cancelling loses the guest"):
+        await cancelled
+    await engine.reach(State.RUNNING)
+    assert engine.failures == []
