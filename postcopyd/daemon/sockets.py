@@ -14,7 +14,6 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
-from postcopyd.incoming.stream import LARGEST_SEGMENT
 from postcopyd.wire.address import Address
 
 _UNIX_PATH_LIMIT: Final = 107
@@ -79,7 +78,6 @@ def open_stream_listener(address: Address, mode: int, group: str) -> socket.sock
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, LARGEST_SEGMENT)
         listener.bind((address.host, address.port))
         listener.listen(_BACKLOG)
     except OSError as error:

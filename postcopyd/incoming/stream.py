@@ -16,8 +16,6 @@ _WIDE_WINDOW = 1 << 30
 _WINDOW_UNIT = 4096
 """Windows are announced in units of 2^scale bytes; this is a multiple of the usual ones."""
 
-LARGEST_SEGMENT = (32 << 10) - 1
-"""TCP_MAXSEG for a listener, the most that it takes: caps the segments of the loopback only."""
 _QUIET = 0.05
 """Seconds without a fault after which the source may fill the socket's buffer again."""
 
@@ -106,7 +104,7 @@ class StreamConnection:
         self._last_fault = self._loop.time()
         if self._tcp and not self._window_is_narrow and not self.closed:
             self._window_is_narrow = True
-            self._clamp_window(_with_room(self._socket, self._fault_window))
+            self._clamp_window(_whole_segments(self._socket, self._fault_window))
             self._loop.call_later(_QUIET, self._widen_when_quiet)
 
     def _widen_when_quiet(self) -> None:
@@ -154,6 +152,11 @@ class StreamConnection:
                 return
             if not self._deliver_waiting():
                 return
+            if self._window_is_narrow:
+                # A segment that is not full leaves a window with no room for the next one: tell
+                # at once that it has been read, not after the 40 ms of a delayed acknowledgement.
+                with contextlib.suppress(OSError):
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             if count < len(room) * _ENTRY:
                 return  # the socket is empty now; asking it would cost as much as a page
             self._faults_first()
@@ -199,13 +202,13 @@ class StreamConnection:
         self._socket.close()
 
 
-def _with_room(connection: socket.socket, window: int) -> int:
-    """Return `window`, or the smallest one above it that does not stall.
+def _whole_segments(connection: socket.socket, window: int) -> int:
+    """Return the window nearest to `window` that holds whole segments, two at least.
 
-    A source sends nothing while less than a whole segment fits into the window; a receiver tells
-    of more room once half of the window is used. Where a segment is larger than that half, both
-    wait, until a timer looks after it 0.2 s later (seen on the loopback, whose segments have
-    64 KiB unless the listener asks for smaller ones: `LARGEST_SEGMENT`).
+    A source waits with its next segment until the window has room for a whole one, and a receiver
+    tells of room anew when half of the window is used: with less than two segments both can wait,
+    until a timer looks after it 0.2 s later (seen on the loopback, whose segments have 64 KiB).
     """
     segment = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
-    return max(window, 2 * segment + _WINDOW_UNIT)
+    whole = max(2, window // segment) * segment
+    return -(-whole // _WINDOW_UNIT) * _WINDOW_UNIT
