@@ -286,7 +286,12 @@ class Placer:
         """Count pages that were placed, and end the faults that waited for them."""
         waiting = self._waiting
         answered = 0
-        if waiting:
+        if len(offsets) == 1:
+            address = block.address + offsets[0]
+            if address in waiting:
+                self._finish_fault(address)
+                answered = 1
+        elif waiting:
             base = block.address
             if len(waiting) < len(offsets):
                 # An offset below 0 or off the page grid is in neither, so no further check.

@@ -19,6 +19,6 @@ class Settings:
     """How long a source waits for the VMM that its stream is for."""
     close_timeout: float = 10.0
     """How long the source has to close its connection after it was told that all is well."""
-    fault_window: int = 64 << 10
+    fault_window: int = 192 << 10
     """What may queue in a TCP stream's socket before a page that a fault waits for. It holds while
     faults come; a stream without faults has all the room that the kernel gives it."""

@@ -11,19 +11,12 @@ from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Message
 from postcopyd.wire.stream_reader import StreamReader
 
-_TCP_WINDOW_CLAMP = 10  # linux/tcp.h; the socket module has no name for it
-_WIDE_WINDOW = 1 << 30
-_WINDOW_UNIT = 4096
-"""Windows are announced in units of 2^scale bytes; this is a multiple of the usual ones."""
-
+_SO_BUF_LOCK = 72  # asm-generic/socket.h, since Linux 5.15; the socket module has no name for it
 _QUIET = 0.05
 """Seconds without a fault after which the source may fill the socket's buffer again."""
 
 _MESSAGES_A_LOOK = 4
 """Messages between two looks at the faults, within what one receive has brought."""
-
-_ENTRY = 2048
-"""Bytes that an entry of a scatter list holds at least, on average: words and pages take turns."""
 
 _RECEIVES_A_TURN = 4
 """Receives in one turn of the event loop; in between the faults are looked after."""
@@ -70,6 +63,7 @@ class StreamConnection:
         self._tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
         self._fault_window = fault_window
         self._window_is_narrow = False
+        self._wide = 0
         self._last_fault = 0.0
         self.closed = False
         self.bytes_received = 0
@@ -99,12 +93,12 @@ class StreamConnection:
         """Keep what queues before a requested page short, until no fault has come for a while.
 
         What the source has sent already is in front of whatever it sends now, so the receive
-        window is the delay: narrow while faults come, wide for a background stream alone.
+        buffer is the delay: small while faults come, large for a background stream alone.
         """
         self._last_fault = self._loop.time()
         if self._tcp and not self._window_is_narrow and not self.closed:
             self._window_is_narrow = True
-            self._clamp_window(_whole_segments(self._socket, self._fault_window))
+            self._narrow()
             self._loop.call_later(_QUIET, self._widen_when_quiet)
 
     def _widen_when_quiet(self) -> None:
@@ -115,12 +109,28 @@ class StreamConnection:
             self._loop.call_later(_QUIET - quiet, self._widen_when_quiet)
         else:
             self._window_is_narrow = False
-            self._clamp_window(_WIDE_WINDOW)
+            self._widen()
 
-    def _clamp_window(self, size: int) -> None:
-        # A connection that has just broken tells so when it is read.
+    def _narrow(self) -> None:
+        # TCP_WINDOW_CLAMP would not do: it bounds what is under way, not what waits to be read.
+        connection = self._socket
+        with contextlib.suppress(OSError):  # a broken connection tells so when it is read
+            self._wide = connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            size = _with_room(connection, self._fault_window)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+    def _widen(self) -> None:
+        """Let the kernel choose the size again, from where it was.
+
+        By itself it would not let the buffer grow back; SO_RCVBUF has a limit for those without
+        CAP_NET_ADMIN (rmem_max), a low-water mark makes the room that it needs without one
+        (tcp_set_rcvlowat of Linux 6.18).
+        """
+        connection = self._socket
         with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_WINDOW_CLAMP, size)
+            connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, self._wide // 2)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _readable(self) -> None:
         try:
@@ -133,9 +143,8 @@ class StreamConnection:
     def _receive(self) -> None:
         reader = self.reader
         for _ in range(_RECEIVES_A_TURN):
-            room = reader.buffers()
             try:
-                count = self._receive_into(room)[0]
+                count = self._receive_into(reader.buffers())[0]
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -152,13 +161,6 @@ class StreamConnection:
                 return
             if not self._deliver_waiting():
                 return
-            if self._window_is_narrow:
-                # A segment that is not full leaves a window with no room for the next one: tell
-                # at once that it has been read, not after the 40 ms of a delayed acknowledgement.
-                with contextlib.suppress(OSError):
-                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            if count < len(room) * _ENTRY:
-                return  # the socket is empty now; asking it would cost as much as a page
             self._faults_first()
             if self._paused or self.closed:
                 return
@@ -202,13 +204,12 @@ class StreamConnection:
         self._socket.close()
 
 
-def _whole_segments(connection: socket.socket, window: int) -> int:
-    """Return the window nearest to `window` that holds whole segments, two at least.
+def _with_room(connection: socket.socket, window: int) -> int:
+    """Return `window`, or the smallest size above it that has room for three segments.
 
-    A source waits with its next segment until the window has room for a whole one, and a receiver
-    tells of room anew when half of the window is used: with less than two segments both can wait,
-    until a timer looks after it 0.2 s later (seen on the loopback, whose segments have 64 KiB).
+    The kernel doubles what it is told. A source sends no part of a segment, so a buffer with room
+    for one and a half stalls until a timer looks after it, 0.2 s later; the loopback's segments
+    have 64 KiB.
     """
     segment = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
-    whole = max(2, window // segment) * segment
-    return -(-whole // _WINDOW_UNIT) * _WINDOW_UNIT
+    return max(window, segment * 3 // 2)

@@ -20,6 +20,8 @@ _LAYOUT = 512 << 10
 _WORTHWHILE_RUN = 4
 """Pages in a run, on average, from which on runs are handed out one by one."""
 
+_word = struct.Struct(">Q").unpack_from
+
 
 class PageScatter:
     """The layout. A unit is a page with its word; unit 0 is the next one to be consumed."""
@@ -90,6 +92,22 @@ class PageScatter:
         seen = whole + (partial >= WORD_LENGTH)
         if not seen:
             return 0, True
+        if whole == seen == 1:
+            word = _word(self._words)[0]
+            if self._ram.continues(word):  # one page, as a fault brings it
+                size = self._page_size
+                offset = word - PAGE_CONTINUE
+                self._consumed = 1
+                messages.append(
+                    Pages(
+                        block.name,
+                        range(offset, offset + size, size),
+                        self._address,
+                        size,
+                        self._slices[1],
+                    )
+                )
+                return 1, True
         words = self._layouts[seen].unpack_from(self._words)
         alike = self._ram.alike(words, PAGE_CONTINUE, block.length)
         whole = min(whole, alike)
