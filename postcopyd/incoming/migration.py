@@ -371,8 +371,6 @@ class IncomingMigration:
         return_path = self._return_path
         if return_path is None or self.state not in (State.LISTENING, State.RUNNING):
             return
-        if self._stream is not None:
-            self._stream.faults_wait()
         request_page = return_path.writer.request_page
         message = b""
         for block, page in pages:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable, Iterator
 
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Message
 from postcopyd.wire.stream_reader import StreamReader
-
-_SO_BUF_LOCK = 72  # asm-generic/socket.h, since Linux 5.15; the socket module has no name for it
-_QUIET = 0.05
-"""Seconds without a fault after which the source may fill the socket's buffer again."""
 
 _MESSAGES_A_LOOK = 4
 """Messages between two looks at the faults, within what one receive has brought."""
@@ -46,9 +41,15 @@ class StreamConnection:
         :param faults_first: called between receives, so that no burst of pages delays a fault.
         :param lost: called once, when the stream stops or is wrong; the connection is of no use
             any more.
-        :param fault_window: bytes that may queue in a TCP connection while faults come.
+        :param fault_window: bytes that may queue in a TCP connection before a requested page.
         """
         connection.setblocking(False)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            # What the source has sent already is in front of whatever it is asked for now, so
+            # this buffer is the delay. It is set before the first byte: one that shrinks later
+            # drops what is on its way, which costs a retransmission timeout of 0.2 s.
+            size = _with_room(connection, fault_window)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         self._loop = loop
         self._socket = connection
         self._descriptor = connection.fileno()
@@ -60,11 +61,6 @@ class StreamConnection:
         self._waiting: Iterator[Message] = iter(())
         self._reading = False
         self._paused = True
-        self._tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
-        self._fault_window = fault_window
-        self._window_is_narrow = False
-        self._wide = 0
-        self._last_fault = 0.0
         self.closed = False
         self.bytes_received = 0
 
@@ -88,49 +84,6 @@ class StreamConnection:
         if self._deliver_waiting() and not self._reading:
             self._loop.add_reader(self._descriptor, self._readable)
             self._reading = True
-
-    def faults_wait(self) -> None:
-        """Keep what queues before a requested page short, until no fault has come for a while.
-
-        What the source has sent already is in front of whatever it sends now, so the receive
-        buffer is the delay: small while faults come, large for a background stream alone.
-        """
-        self._last_fault = self._loop.time()
-        if self._tcp and not self._window_is_narrow and not self.closed:
-            self._window_is_narrow = True
-            self._narrow()
-            self._loop.call_later(_QUIET, self._widen_when_quiet)
-
-    def _widen_when_quiet(self) -> None:
-        if self.closed:
-            return
-        quiet = self._loop.time() - self._last_fault
-        if quiet < _QUIET:
-            self._loop.call_later(_QUIET - quiet, self._widen_when_quiet)
-        else:
-            self._window_is_narrow = False
-            self._widen()
-
-    def _narrow(self) -> None:
-        # TCP_WINDOW_CLAMP would not do: it bounds what is under way, not what waits to be read.
-        connection = self._socket
-        with contextlib.suppress(OSError):  # a broken connection tells so when it is read
-            self._wide = connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-            size = _with_room(connection, self._fault_window)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-
-    def _widen(self) -> None:
-        """Let the kernel choose the size again, from where it was.
-
-        By itself it would not let the buffer grow back; SO_RCVBUF has a limit for those without
-        CAP_NET_ADMIN (rmem_max), a low-water mark makes the room that it needs without one
-        (tcp_set_rcvlowat of Linux 6.18).
-        """
-        connection = self._socket
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, self._wide // 2)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _readable(self) -> None:
         try:

@@ -1,73 +1,66 @@
-"""The receive window: narrow while faults come, wide again afterwards, never stalling."""
+"""The receive buffer: what queues in front of a page that a fault waits for."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 import pytest
 
 from postcopyd.incoming.stream import StreamConnection
 from postcopyd.wire.stream_reader import StreamReader
-from tests.incoming.guest import LIMIT
-
-_SO_BUF_LOCK = 72
 
 
-@pytest.fixture
-async def connected() -> AsyncIterator[tuple[StreamConnection, socket.socket, socket.socket]]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    source = socket.create_connection(listener.getsockname())
-    ours, _ = listener.accept()
-    listener.close()
-    stream = StreamConnection(
+def connection_over(ours: socket.socket, fault_window: int) -> StreamConnection:
+    return StreamConnection(
         asyncio.get_running_loop(),
         ours,
         StreamReader(),
         deliver=lambda message: None,
         faults_first=lambda: None,
         lost=lambda error: None,
-        fault_window=80 << 10,
+        fault_window=fault_window,
     )
-    yield stream, ours, source
-    stream.close()
+
+
+@pytest.fixture
+def tcp() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        source = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    yield ours
+    ours.close()
     source.close()
 
 
-def window(ours: socket.socket) -> int:
-    return ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+def buffer_of(connection: socket.socket) -> int:
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
 
-async def test_the_window_has_room_for_two_segments_while_faults_come(
-    connected: tuple[StreamConnection, socket.socket, socket.socket],
+async def test_a_tcp_stream_queues_no_more_than_its_window_before_a_requested_page(
+    tcp: socket.socket,
 ) -> None:
-    stream, ours, _ = connected
-    stream.faults_wait()
-    segment = ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
-    assert window(ours) >= 2 * segment
-
-
-async def test_the_window_is_wide_again_when_no_fault_has_come_for_a_while(
-    connected: tuple[StreamConnection, socket.socket, socket.socket],
-) -> None:
-    stream, ours, _ = connected
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 << 20)  # as large as a burst makes it
-    wide = window(ours)
-    stream.faults_wait()
-    assert window(ours) < wide
-    assert ours.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
-    async with asyncio.timeout(LIMIT):
-        while window(ours) < wide:
-            await asyncio.sleep(0)
-    assert not ours.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
-
-
-async def test_a_stream_that_is_closed_meanwhile_is_left_alone(
-    connected: tuple[StreamConnection, socket.socket, socket.socket],
-) -> None:
-    stream, _, _ = connected
-    stream.faults_wait()
+    before = buffer_of(tcp)
+    stream = connection_over(tcp, 200_000)
+    assert buffer_of(tcp) == 2 * 200_000  # the kernel doubles it for its own accounts
+    assert buffer_of(tcp) != before
     stream.close()
-    stream.faults_wait()
-    assert stream.closed
+
+
+async def test_the_buffer_has_room_for_three_segments_however_small_the_window(
+    tcp: socket.socket,
+) -> None:
+    segment = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+    stream = connection_over(tcp, 4096)
+    assert buffer_of(tcp) >= 3 * segment - 2
+    stream.close()
+
+
+async def test_a_unix_stream_is_left_as_it_is() -> None:
+    ours, source = socket.socketpair()
+    before = buffer_of(ours)
+    stream = connection_over(ours, 4096)
+    assert buffer_of(ours) == before
+    stream.close()
+    source.close()
