@@ -13,6 +13,9 @@ from postcopyd.wire.stream_reader import StreamReader
 _MESSAGES_A_LOOK = 4
 """Messages between two looks at the faults, within what one receive has brought."""
 
+_ENTRY = 2048
+"""Bytes that an entry of a scatter list holds at least, on average: words and pages take turns."""
+
 _RECEIVES_A_TURN = 4
 """Receives in one turn of the event loop; in between the faults are looked after."""
 
@@ -96,8 +99,9 @@ class StreamConnection:
     def _receive(self) -> None:
         reader = self.reader
         for _ in range(_RECEIVES_A_TURN):
+            room = reader.buffers()
             try:
-                count = self._receive_into(reader.buffers())[0]
+                count = self._receive_into(room)[0]
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -114,6 +118,8 @@ class StreamConnection:
                 return
             if not self._deliver_waiting():
                 return
+            if count < len(room) * _ENTRY:
+                return  # the socket is empty now; asking it would cost as much as a page
             self._faults_first()
             if self._paused or self.closed:
                 return
