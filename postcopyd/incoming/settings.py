@@ -20,5 +20,5 @@ class Settings:
     close_timeout: float = 10.0
     """How long the source has to close its connection after it was told that all is well."""
     fault_window: int = 192 << 10
-    """What may queue in a TCP stream's socket before a page that a fault waits for. It holds while
-    faults come; a stream without faults has all the room that the kernel gives it."""
+    """SO_RCVBUF of a TCP stream (the kernel doubles it): what may queue before a page that a fault
+    waits for. It also bounds the throughput of a long network: twice this much a round trip."""
