@@ -43,8 +43,8 @@ format: $(VENV)/installed-dev ## Format the code and sort its imports
 	$(RUN)/ruff check --select I --fix
 	$(RUN)/ruff format
 
-bench: debian-packages $(VENV)/installed-dev ## Measure against a destination written in C
-	@$(RUN)/python -m tests.bench
+bench: debian-packages $(VENV)/installed-dev ## Measure against a destination written in C (ARGS="--quick --json FILE")
+	@$(RUN)/python -m tests.bench $(ARGS)
 
 fuzz: $(VENV)/installed-dev ## Fuzz each reader of the wire for FUZZ_SECONDS (60)
 	$(RUN)/python -m tests.fuzz.fuzz_stream stream --seconds $(FUZZ_SECONDS) \
