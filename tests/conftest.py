@@ -44,4 +44,5 @@ def assert_nothing_left() -> Iterator[None]:
     """Count what this process holds before and after the test: the test must leave nothing."""
     before = belongings()
     yield
-    assert belongings() == before
+    # Less than before is no fault of this test: a thread of an earlier one may just have ended.
+    assert not belongings() - before

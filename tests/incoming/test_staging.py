@@ -34,7 +34,13 @@ class Bench:
             huge = page_size if page_size != PAGE else None
             self.file = memory_file.create("guest", self.block.length, huge, sealable)
         handed = HandedBlock("pc.ram", page_size, self.block.length, page_size, self.file, 0)
-        self.stage = BlockStage(self.block, handed, self.maps)
+        try:
+            self.stage = BlockStage(self.block, handed, self.maps)
+        except OSError:
+            self.page_map.close()
+            if self.file is not None:
+                os.close(self.file)
+            raise
 
     def content(self, page: int) -> bytes:
         if self.file is not None:
