@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from postcopyd.cli import postcopyctl, postcopyd
-from postcopyd.daemon.config import Configuration, StaticMigration
+from postcopyd.daemon import control, event_log
+from postcopyd.daemon.config import Configuration, StaticMigration, parse
 from tests.support import ROOT
 
 PAGES = ("postcopyd.8", "postcopyctl.1", "postcopyd.toml.5")
@@ -109,6 +110,26 @@ def test_no_command_or_option_is_explained_that_there_is_not(
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", in_tags)) <= there_are
 
 
+@pytest.mark.parametrize(
+    ("page", "statuses"),
+    [
+        (
+            "postcopyctl.1",
+            {
+                *(0, 2),
+                postcopyctl.FAILED,
+                postcopyctl.REFUSED,
+                postcopyctl.UNREACHABLE,
+                postcopyctl.INTERRUPTED,
+            },
+        ),
+        ("postcopyd.8", {0, postcopyd.FAILED, postcopyd.WRONG}),
+    ],
+)
+def test_every_exit_status_is_explained(page: str, statuses: set[int]) -> None:
+    assert {int(tag) for tag in tags(page)["EXIT STATUS"]} == statuses
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_exit_status_that_the_help_names_is_explained(
     program: str, capsys: pytest.CaptureFixture[str]
@@ -116,6 +137,30 @@ def test_every_exit_status_that_the_help_names_is_explained(
     told = re.findall(r"[:,]\s+(\d+) ", shown(program, [], capsys).partition("exit status")[2])
     assert len(told) >= 3
     assert set(told) <= set(tags(PROGRAMS[program][1])["EXIT STATUS"])
+
+
+def test_every_log_event_is_listed_with_its_identifier() -> None:
+    listed = re.findall(r"^[0-9a-f]{32}$", plain_text("postcopyd.8"), re.MULTILINE)
+    assert sorted(listed) == sorted(event_log.MESSAGE_IDS)
+
+
+def test_every_error_code_and_path_of_the_control_api_is_listed() -> None:
+    section = plain_text("postcopyd.8").partition("\nTHE CONTROL API\n")[2]
+    for code in control.ERROR_STATUSES:
+        assert code in section, code
+    table = control.__doc__ or ""
+    calls = re.findall(r"^(GET|POST|DELETE) (/v1/[^?\s]*)", table, re.MULTILINE)
+    assert calls
+    for method, path in calls:
+        assert f"{method} {path}" in section, path
+
+
+def test_the_example_of_a_configuration_is_right() -> None:
+    lines = source("postcopyd.toml.5").partition("\n.nf\n.RS\n")[2].partition("\n.RE\n")[0]
+    example = "\n".join(map(plain, lines.splitlines()))
+    users = '"qemu", "firecracker"'
+    assert users in example
+    assert parse(example.replace(users, '"root"'), "example").migration[0].name == "vm0"
 
 
 def plain_text(page: str) -> str:
