@@ -43,7 +43,7 @@ class DemoResult:
     @property
     def throughput(self) -> float:
         """Bytes of memory a second, from the package to the last page."""
-        resident = self.report["seconds_resident"] or 0.0
+        resident = self.report["window_seconds"] or 0.0
         return self.report["length"] / resident if resident else 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def show(result: DemoResult, console: Console) -> None:
     counters, latency = report["counters"], report["fault_latency"]
     table = Table(show_header=False, title="A guest that ran before its memory")
     table.add_row("memory", f"{format_size(report['length'])} in {len(report['blocks'])} blocks")
-    table.add_row("switchover", f"{report['seconds_to_run'] * 1e3:.1f} ms from package to running")
-    table.add_row("all memory here", f"{report['seconds_resident'] * 1e3:.0f} ms after the package")
+    table.add_row("switchover", f"{report['downtime_seconds'] * 1e3:.1f} ms until it ran")
+    table.add_row("all memory here", f"{report['window_seconds'] * 1e3:.0f} ms after the switchover")
     table.add_row("throughput", f"{result.throughput / 1e6:.0f} MB/s")
     table.add_row("faults", f"{counters['faults']} ({counters['requests']} pages asked for)")
     table.add_row("fault latency", _quantiles(latency))

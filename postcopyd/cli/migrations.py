@@ -205,10 +205,10 @@ def _facts(migration: dict[str, Any]) -> Iterable[tuple[str, str]]:
         f"{counters['pages_by_fault']} by fault, {counters['pages_by_background']} by background, "
         f"{counters['pages_zero']} of them zero",
     )
-    if migration["seconds_to_run"] is not None:
-        yield "switchover", f"{migration['seconds_to_run'] * 1e3:.1f} ms from package to running"
-    if migration["seconds_resident"] is not None:
-        yield "all memory", f"{migration['seconds_resident']:.3f} s after the package"
+    if migration["downtime_seconds"] is not None:
+        yield "downtime", f"{migration['downtime_seconds'] * 1e3:.1f} ms from switchover to running"
+    if migration["window_seconds"] is not None:
+        yield "all memory", f"{migration['window_seconds']:.3f} s after the switchover"
 
 
 def _listed(addresses: Iterable[str]) -> str:

@@ -34,6 +34,19 @@ _KINDS: Final[dict[type[events.Event], _Kind]] = {
         "a source went away before its first byte; another may connect",
         "18845c090e4342319921b4b2980cef4a",
     ),
+    events.PreemptAttached: _Kind(
+        "info",
+        "the source has opened its preempt channel",
+        "5f0cb0f4d2a84b7f8f7a4f6f7b0a9a11",
+    ),
+    events.ConnectionRefused: _Kind(
+        "warning", "a source was refused", "d26991d4c3c54e30a0399eb82e9c9d23"
+    ),
+    events.Converged: _Kind(
+        "info",
+        "the source has sent all memory before the switchover",
+        "0c8de3c0f50b4b8e9b3b4c7bb2f0a6d4",
+    ),
     events.PackageReceived: _Kind(
         "info",
         "the device package is here: from now on the guest lives here",
@@ -45,6 +58,11 @@ _KINDS: Final[dict[type[events.Event], _Kind]] = {
     events.MemoryRemoved: _Kind(
         "info", "the VMM gives memory back", "d09de39a4a534e7eaca13aa39f7876f8"
     ),
+    events.VmmLost: _Kind(
+        "error",
+        "paused: the VMM has not loaded its devices, and everything is kept for another",
+        "e58d1f2a7c1946d5a8b1c0d93a64be72",
+    ),
     events.Paused: _Kind(
         "error",
         "paused: the stream is lost, and what has not come yet is waited for",
@@ -54,7 +72,7 @@ _KINDS: Final[dict[type[events.Event], _Kind]] = {
     events.Failed: _Kind("error", "the migration has failed", "bbffacb1571a4700b2e3cdd0e544e2e9"),
 }
 
-SOURCE_REFUSED_ID: Final = "d26991d4c3c54e30a0399eb82e9c9d23"
+SOURCE_REFUSED_ID: Final = _KINDS[events.ConnectionRefused].message_id
 VMM_REFUSED_ID: Final = "353089378563465baaa7f11a4775fd31"
 INTERNAL_ERROR_ID: Final = "c4481f169e224715be3330629a54b566"
 

@@ -44,6 +44,25 @@ class StreamDropped:
 
 
 @dataclass(frozen=True, slots=True)
+class PreemptAttached:
+    """The source has opened its preempt channel: urgent pages come on a connection of their own."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionRefused:
+    """A further connection was closed at once; the migration does not mind."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Converged:
+    """The pre-copy ends without a switchover: all memory is here before the guest runs."""
+
+
+@dataclass(frozen=True, slots=True)
 class PackageReceived:
     """The device package is here whole: from now on there is no way back for the source."""
 
@@ -55,7 +74,7 @@ class DeviceStateLoaded:
     """The VMM has loaded its device state and runs."""
 
     seconds: float
-    """From the package to the VMM's answer."""
+    """From the source's first word of the switchover to the VMM's answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +84,13 @@ class MemoryRemoved:
     block: str
     start: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmmLost:
+    """The VMM has not loaded its devices: everything is kept for another that takes its place."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +109,7 @@ class Completed:
     never_sent: int
     """Host pages that the source never sent: they are zero there too."""
     seconds: float
-    """From the package to the last page."""
+    """From the source's first word of the switchover to the last page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +126,13 @@ Event = (
     | VmmAttached
     | StreamAttached
     | StreamDropped
+    | PreemptAttached
+    | ConnectionRefused
+    | Converged
     | PackageReceived
     | DeviceStateLoaded
     | MemoryRemoved
+    | VmmLost
     | Paused
     | Completed
     | Failed

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter_ns
 
+from postcopyd.incoming.blocktime import Blocktime
 from postcopyd.incoming.placing import Placer
 from postcopyd.incoming.report import Counters
 from postcopyd.incoming.staging import BlockStage
@@ -42,12 +43,14 @@ class FaultHandler:
         waiting: dict[int, int],
         counters: Counters,
         *,
+        blocktime: Blocktime | None,
         request: Callable[[list[tuple[RamBlock, int]]], None],
         removed: Callable[[RamBlock, int, int], None],
         sees_removals: bool,
     ) -> None:
         """Set up; nothing is read before `read`.
 
+        :param blocktime: told which thread waits for which page; None if the ids are not known.
         :param request: asked for the pages that faults wait for: (block, host page number).
         :param removed: told of each range that the VMM gave back: block, offset, length.
         :param sees_removals: whether the VMM's userfaultfd reports removals. Where it does not,
@@ -64,7 +67,12 @@ class FaultHandler:
         self._request = request
         self._removed = removed
         self._sees_removals = sees_removals
+        self._blocktime = blocktime
+        self.keep_staged = True
+        """While the guest has not run yet: what is placed stays in the staging as well, because
+        another VMM may have to take this one's place."""
         self._faults: list[int] = []
+        self._threads: list[int] = []
         self._deferred: dict[int, tuple[RamBlock, int]] = {}
         self._block = blocks[0]
         self._block_end = blocks[0].end
@@ -84,9 +92,11 @@ class FaultHandler:
         :raise VmmGone: if the VMM has exited.
         """
         faults = self._faults
-        for event, first, second, _ in self._read_events():
+        threads = self._threads
+        for event, first, second, third in self._read_events():
             if event == EVENT_PAGEFAULT:
                 faults.append(second)
+                threads.append(third)
             elif event in (EVENT_REMOVE, EVENT_UNMAP):
                 self._apply_removal(first, second)
             else:
@@ -97,6 +107,7 @@ class FaultHandler:
                 self._answer(faults)
             finally:
                 faults.clear()
+                threads.clear()
 
     def drain(self) -> None:
         """Read and forget every event that is left, so that nobody waits for its being read."""
@@ -107,22 +118,23 @@ class FaultHandler:
         now = perf_counter_ns()
         waiting = self._waiting
         requests: list[tuple[RamBlock, int]] = []
-        for address in faults:
+        blocktime = self._blocktime
+        for address, thread in zip(faults, self._threads, strict=True):
             block = self._block
             if not block.address <= address < self._block_end:
                 block = self._find_block(address)
             size = block.page_size
             page = (address - block.address) // size
             page_address = block.address + page * size
+            if blocktime is not None:
+                blocktime.blocked(page_address, thread, now)
             if page_address in waiting:
                 continue
             maps = self._maps[block.index]
-            if maps.received[page]:
-                waiting[page_address] = now
-                if not self._answer_from_here(block, page):
-                    self._deferred[page_address] = (block, page)
-                continue
             waiting[page_address] = now
+            if maps.received[page]:
+                self.answer(block, page)
+                continue
             if not maps.requested[page]:
                 maps.requested[page] = 1
                 requests.append((block, page))
@@ -138,6 +150,14 @@ class FaultHandler:
         self._block_end = block.end
         return block
 
+    def answer(self, block: RamBlock, page: int) -> None:
+        """Answer a fault on a page that we have, now or as soon as the memory lets us.
+
+        :raise VmmGone: if the VMM has exited.
+        """
+        if not self._answer_from_here(block, page):
+            self._deferred[block.address + page * block.page_size] = (block, page)
+
     def _answer_from_here(self, block: RamBlock, page: int) -> bool:
         """Answer a fault on a page that we have; False to try again later."""
         maps = self._maps[block.index]
@@ -147,7 +167,8 @@ class FaultHandler:
             offset = page * size
             if not self._placer.try_run(block, offset, size, stage.address_of(offset, size)):
                 return False
-            stage.release(page, 1)
+            if not self.keep_staged:
+                stage.release(page, 1)
             return True
         if maps.zero[page] or not self._sees_removals:
             # If the page is there after all, the kernel says so and the waiter is woken.
@@ -155,7 +176,7 @@ class FaultHandler:
         # Placed between the fault and our reading it: the message is old.
         page_address = block.address + page * size
         self._wake(page_address, size)
-        self._waiting.pop(page_address, None)
+        self._placer.forget_fault(page_address)
         return True
 
     def retry_deferred(self) -> bool:

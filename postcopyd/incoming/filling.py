@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from postcopyd.incoming.assembling import Assembler
+from postcopyd.incoming.blocktime import Blocktime
 from postcopyd.incoming.faults import FaultHandler, UnexpectedEvent
+from postcopyd.incoming.holdings import Holdings
 from postcopyd.incoming.placing import Placer, VmmGone
-from postcopyd.incoming.report import BlockReport, Counters, Histogram
-from postcopyd.incoming.staging import BlockStage
+from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.kernel.userfaultfd import (
@@ -17,11 +19,9 @@ from postcopyd.kernel.userfaultfd import (
     RegisterMode,
     features_of,
 )
-from postcopyd.ram.block import BlockTable, RamBlock
-from postcopyd.ram.host_page import HostPageAssembly, HostPageInterrupted
-from postcopyd.ram.page_map import PageMap
+from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import ProtocolError
-from postcopyd.wire.messages import Discard, Pages, ZeroPages
+from postcopyd.wire.messages import Pages, ZeroPages
 
 _RETRY_FIRST = 0.00025
 _RETRY_LONGEST = 0.01
@@ -35,8 +35,10 @@ _STAGED_BATCH = 64
 class MemoryFilling:
     """The memory of one VMM on its way in.
 
-    Owns the page map, the staging and everything that places; the VMM's own descriptors stay the
-    VMM's. All callbacks come from the event loop that `listen` was called in.
+    Owns what is here of it (`holdings`) and everything that places; the VMM's own descriptors stay
+    the VMM's. All callbacks come from the event loop that `listen` was called in.
+
+    Until the guest runs (`guest_runs`) everything that has come can be given to another VMM.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class MemoryFilling:
         memory: GuestMemory,
         counters: Counters,
         latency: Histogram,
+        blocktime: Blocktime | None,
         *,
         request: Callable[[list[tuple[RamBlock, int]]], None],
         removed: Callable[[RamBlock, int, int], None],
@@ -52,6 +55,7 @@ class MemoryFilling:
     ) -> None:
         """Set up the account.
 
+        :param blocktime: told which thread waits how long; None when nobody wants to know.
         :param request: asked for pages that faults wait for: (block, host page number).
         :param removed: told of each range that the VMM gave back: block, offset, length in bytes.
         :param caught_up: told when what was put off is placed: the stream may go on.
@@ -59,110 +63,63 @@ class MemoryFilling:
         :raise OSError: if there is no memory for map or staging.
         :raise ValueError: if the blocks contradict each other.
         """
-        self.blocks = BlockTable(
-            [
-                RamBlock(block.name, block.length, block.page_size, block.address, index)
-                for index, block in enumerate(memory.blocks)
-            ]
-        )
+        self.holdings = Holdings(memory)
         self._memory = memory
         self._counters = counters
+        self._latency = latency
+        self._blocktime = blocktime
+        self._request = request
+        self._removed = removed
         self._caught_up = caught_up
         self._broken = broken
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listening = False
+        self._runs = False
         self._timer: asyncio.TimerHandle | None = None
         self._retry_delay = _RETRY_FIRST
         self._stage_cursor: tuple[int, int] | None = None
-        self._assemblies: dict[int, HostPageAssembly] = {}
-        self._rest: tuple[RamBlock, Pages | ZeroPages, int, int] | None = None
-        self._closed = False
+        self._assemblers: list[Assembler] = []
         self.waiting: dict[int, int] = {}
         """VMM address of each host page that a fault waits for -> when the fault was read."""
-        self.page_map = PageMap(self.blocks)
-        self._stages: list[BlockStage] = []
         try:
-            for block, handed in zip(self.blocks, memory.blocks, strict=True):
-                self._stages.append(BlockStage(block, handed, self.page_map[block.index]))
-            self._placer = Placer(
-                memory.userfaultfd, self.blocks, self.page_map, self.waiting, counters, latency
-            )
+            self._placer, self._faults = self._serve(memory)
         except BaseException:
-            self._close_accounts()
+            self.holdings.close()
             raise
-        features = features_of(memory.userfaultfd.fileno()) or Feature(0)
-        self._faults = FaultHandler(
+
+    def _serve(self, memory: GuestMemory) -> tuple[Placer, FaultHandler]:
+        """Return what places into this memory, and what reads its faults."""
+        holdings = self.holdings
+        placer = Placer(
             memory.userfaultfd,
-            self.blocks,
-            self.page_map,
-            self._stages,
-            self._placer,
+            holdings.blocks,
+            holdings.page_map,
             self.waiting,
-            counters,
-            request=request,
-            removed=removed,
+            self._counters,
+            self._latency,
+            self._blocktime,
+        )
+        features = features_of(memory.userfaultfd.fileno()) or Feature(0)
+        faults = FaultHandler(
+            memory.userfaultfd,
+            holdings.blocks,
+            holdings.page_map,
+            holdings.stages,
+            placer,
+            self.waiting,
+            self._counters,
+            blocktime=self._blocktime,
+            request=self._request,
+            removed=self._removed,
             sees_removals=Feature.EVENT_REMOVE in features,
         )
+        return placer, faults
 
-    # -- before the switchover ---------------------------------------------------------------
-
-    def empty(self) -> None:
-        """Make all shared memory truly empty; the VMM empties its private memory itself.
-
-        :raise OSError: if a memory file does not let itself be emptied.
-        """
-        for stage in self._stages:
-            stage.empty()
-
-    def stage_pages(self, message: Pages, target_page_size: int) -> None:
-        """Keep pages that came before the switchover.
-
-        :raise OSError: if there is no memory for them.
-        """
-        block = self._block_of(message.block)
-        stage = self._stages[block.index]
-        offsets = message.offsets
-        if _contiguous(message, target_page_size):
-            stage.write(offsets[0], message.data)
-        else:
-            for place, offset in enumerate(offsets):
-                stage.write(offset, message.payload(place))
-        self._counters.pages_precopy += len(offsets)
-
-    def stage_zeros(self, message: ZeroPages, target_page_size: int) -> None:
-        """Keep zero pages that came before the switchover. As `stage_pages`."""
-        stage = self._stages[self._block_of(message.block).index]
-        offsets = message.offsets
-        if type(offsets) is range and offsets.step == target_page_size:
-            stage.write_zeros(offsets[0], len(offsets) * target_page_size)
-        else:
-            for offset in offsets:
-                stage.write_zeros(offset, target_page_size)
-        self._counters.pages_precopy += len(offsets)
-
-    def discard(self, message: Discard) -> None:
-        """Forget what came for these ranges.
-
-        :raise ProtocolError: if a range is not whole host pages.
-        """
-        block = self._block_of(message.block)
-        size = block.page_size
-        for start, length in message.ranges:
-            if start % size or length % size:
-                raise ProtocolError(
-                    f"discard of {start:#x}+{length:#x} in block {block.name!r} is not whole "
-                    f"pages of {size:#x}",
-                    None,
-                )
-            self._stages[block.index].discard(start, length)
-
-    def _block_of(self, name: str) -> RamBlock:
-        block = self.blocks.by_name(name)
-        if block is None:
-            raise ProtocolError(f"block {name!r} is not one of the VMM's", None)
-        return block
-
-    # -- after it ----------------------------------------------------------------------------
+    def new_assembler(self) -> Assembler:
+        """Return an assembler for one more connection that pages come on."""
+        assembler = Assembler(self._place_host_page)
+        self._assemblers.append(assembler)
+        return assembler
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Register all memory and serve faults from now on.
@@ -172,15 +129,23 @@ class MemoryFilling:
         self._loop = loop
         userfaultfd = self._memory.userfaultfd
         if not self._memory.registered:
-            for block in self.blocks:
+            for block in self.holdings.blocks:
                 needed = Operation.COPY | Operation.WAKE
                 if block.page_size == HOST_PAGE_SIZE:
                     needed |= Operation.ZEROPAGE
                 userfaultfd.register(block.address, block.length, RegisterMode.MISSING, needed)
         self._listening = True
         loop.add_reader(userfaultfd.fileno(), self.read_faults)
+        if any(assembler.waiting for assembler in self._assemblers):
+            self._retry_later()
+
+    def guest_runs(self) -> None:
+        """Place what is staged from now on: no other VMM can take this one's place any more."""
+        assert self._loop is not None
+        self._runs = True
+        self._faults.keep_staged = False
         if self._advance_stage_cursor((0, 0)):
-            loop.call_soon(self._place_staged)
+            self._loop.call_soon(self._place_staged)
 
     def read_faults(self) -> None:
         """Read and answer what faults there are; harmless when there are none."""
@@ -194,35 +159,28 @@ class MemoryFilling:
         if self._faults.deferred:
             self._retry_later()
 
-    def place_pages(self, message: Pages, target_page_size: int) -> bool:
+    def place(
+        self, message: Pages | ZeroPages, target_page_size: int, assembler: Assembler
+    ) -> bool:
         """Place pages that a source sent after the switchover.
 
+        :param assembler: of the connection on which they came.
         :return: False when something was put off: deliver nothing more until `caught_up`.
         :raise ProtocolError: if a host page is interrupted.
+        :raise OSError: if there is no memory to keep a page in.
         """
-        block = self._block_of(message.block)
+        block = self.holdings.block_of(message.block)
         try:
-            if block.page_size == target_page_size:
+            if block.page_size != target_page_size:
+                placed = assembler.take(block, message, target_page_size)
+            elif self._keeps(block):
+                placed = self._keep(block, message, target_page_size)
+            elif isinstance(message, Pages):
                 placed = self._placer.place_pages(
                     block, message.offsets, message.address, message.stride
                 )
             else:
-                placed = self._assemble(block, message, target_page_size)
-        except VmmGone as error:
-            self._fail(error)
-            return False
-        if not placed:
-            self._retry_later()
-        return placed
-
-    def place_zeros(self, message: ZeroPages, target_page_size: int) -> bool:
-        """Place zero pages that a source sent after the switchover. As `place_pages`."""
-        block = self._block_of(message.block)
-        try:
-            if block.page_size == target_page_size:
                 placed = self._placer.place_zeros(block, message.offsets)
-            else:
-                placed = self._assemble(block, message, target_page_size)
         except VmmGone as error:
             self._fail(error)
             return False
@@ -230,39 +188,87 @@ class MemoryFilling:
             self._retry_later()
         return placed
 
-    def _assemble(
-        self, block: RamBlock, message: Pages | ZeroPages, target_page_size: int, place: int = 0
-    ) -> bool:
-        """Assemble host pages from the records of `message`, from number `place` on."""
-        assembly = self._assemblies.get(block.page_size)
-        if assembly is None:
-            assembly = self._assemblies[block.page_size] = HostPageAssembly(block.page_size)
-        offsets = message.offsets
-        in_one_piece = _contiguous(message, target_page_size)
-        while place < len(offsets):
-            offset = offsets[place]
-            count = 1
-            if in_one_piece:
-                to_border = block.page_size - offset % block.page_size
-                count = min(len(offsets) - place, to_border // target_page_size)
-            length = count * target_page_size
-            payload = None
-            if isinstance(message, Pages):
-                start = place * message.stride
-                payload = message.data[start : start + length]
-            try:
-                zero = assembly.add(block.name, offset, length, payload)
-            except HostPageInterrupted as error:
-                raise ProtocolError(str(error), None) from error
-            place += count
-            if zero is not None:
-                host_page = offset - offset % block.page_size
-                source = 0 if zero else assembly.address
-                if not self._placer.place_host_page(block, host_page, source):
-                    # The assembled page must stay where it is until it is placed.
-                    self._rest = (block, message, target_page_size, place)
-                    return False
+    def _keeps(self, block: RamBlock) -> bool:
+        """Tell whether what comes for `block` has to go to the staging for now.
+
+        What is placed in private memory goes away with its VMM. So before the guest runs only
+        what a fault waits for is placed there, and stays in the staging as well.
+        """
+        return not (self._runs or self.holdings.stages[block.index].direct)
+
+    def _keep(self, block: RamBlock, message: Pages | ZeroPages, target_page_size: int) -> bool:
+        """Stage pages, and place those that a fault waits for."""
+        if self._placer.any_removed:
+            return self._keep_one_by_one(block, message)
+        self.holdings.stage(block, message, target_page_size)
+        if isinstance(message, ZeroPages):
+            # They stay one bit each; pages with content are counted when they are placed.
+            self._counters.pages_zero += len(message)
+            self._counters.pages_by_background += len(message)
+        self._serve_waiters(block, [offset // block.page_size for offset in message.offsets])
         return True
+
+    def _keep_one_by_one(self, block: RamBlock, message: Pages | ZeroPages) -> bool:
+        """As `_keep`, without what the VMM has given back meanwhile."""
+        zero = self.holdings.page_map[block.index].zero
+        stage = self.holdings.stages[block.index]
+        for place, offset in enumerate(message.offsets):
+            if zero[offset // block.page_size]:
+                self._counters.pages_removed += 1
+                continue
+            if isinstance(message, Pages):
+                stage.write(offset, message.payload(place))
+            else:
+                stage.write_zeros(offset, block.page_size)
+            self._serve_waiters(block, [offset // block.page_size])
+        return True
+
+    def _serve_waiters(self, block: RamBlock, pages: list[int]) -> None:
+        if self.waiting and self._listening:
+            for page in pages:
+                if block.address + page * block.page_size in self.waiting:
+                    self._faults.answer(block, page)
+            if self._faults.deferred:
+                self._retry_later()
+
+    def _place_host_page(
+        self, block: RamBlock, offset: int, content: memoryview, address: int
+    ) -> bool:
+        if not self._keeps(block):
+            return self._placer.place_host_page(block, offset, address)
+        stage = self.holdings.stages[block.index]
+        if address:
+            stage.write(offset, content)
+        else:
+            stage.write_zeros(offset, block.page_size)
+        self._serve_waiters(block, [offset // block.page_size])
+        return True
+
+    # -- another VMM in the place of one that has not run ---------------------------------------
+
+    def let_go(self) -> None:
+        """Stop, and keep what could not be placed any more. For when the VMM has gone.
+
+        :raise OSError: if there is no memory for it.
+        """
+        self.stop()
+        for block, start, length, address in self._placer.unplaced():
+            self.holdings.keep(block, start, length, address)
+        self.waiting.clear()
+
+    def move_to(self, memory: GuestMemory) -> None:
+        """Fill the memory of another VMM, which fits, from now on. After `let_go`; then `listen`.
+
+        Takes as long as copying does; may run in another thread.
+
+        :raise OSError: if its memory cannot be written. Nothing is lost then.
+        """
+        self.holdings.move_to(memory)
+        self._memory = memory
+        self._placer.close()
+        self._placer, self._faults = self._serve(memory)
+
+    # -- the end of placing ----------------------------------------------------------------------
 
     def finish(self) -> int:
         """End the filling: every page that can come has come.
@@ -273,11 +279,10 @@ class MemoryFilling:
         :return: number of host pages that were never sent.
         :raise OSError: if the kernel refuses to unregister.
         """
-        never_sent = sum(block.pages for block in self.blocks) - self.page_map.received_pages()
-        userfaultfd = self._memory.userfaultfd
+        never_sent = self.holdings.missing_pages()
         self.stop()
-        for block in self.blocks:
-            userfaultfd.unregister(block.address, block.length)
+        for block in self.holdings.blocks:
+            self._memory.userfaultfd.unregister(block.address, block.length)
         # A thread of the VMM that gave memory back sleeps until its event is read.
         self._faults.drain()
         self.waiting.clear()
@@ -291,12 +296,8 @@ class MemoryFilling:
     @property
     def stalled(self) -> bool:
         """True while pages of the stream are put off: nothing more may be delivered."""
-        return bool(self._placer.pending or self._rest)
-
-    @property
-    def unfinished_host_page(self) -> bool:
-        """True in the middle of a host page that is larger than the pages on the wire."""
-        return any(assembly.unfinished for assembly in self._assemblies.values())
+        waiting = any(assembler.waiting for assembler in self._assemblers)
+        return waiting or bool(self._placer.pending)
 
     # -- what was put off --------------------------------------------------------------------
 
@@ -309,11 +310,12 @@ class MemoryFilling:
         self._timer = None
         if not self._listening:
             return
-        stalled = self.stalled
         try:
             # An unread event holds up every placing, so events come first.
             self._faults.read()
-            placed = self._placer.retry() and self._assemble_rest()
+            placed = self._placer.retry() and all(
+                assembler.go_on() for assembler in self._assemblers
+            )
             answered = self._faults.retry_deferred()
         except (VmmGone, UnexpectedEvent, ProtocolError, OSError) as error:
             self._fail(error)
@@ -322,22 +324,14 @@ class MemoryFilling:
             self._retry_delay = _RETRY_FIRST
         else:
             self._retry_later()
-        if stalled and placed:
+        if placed:
             self._caught_up()
-
-    def _assemble_rest(self) -> bool:
-        """Go on with a message whose host page had to be put off."""
-        if self._rest is None:
-            return True
-        block, message, target_page_size, place = self._rest
-        self._rest = None
-        return self._assemble(block, message, target_page_size, place)
 
     def _advance_stage_cursor(self, start: tuple[int, int]) -> bool:
         """Find the next staged page at or behind `start` (block, page); False at the end."""
         index, page = start
-        while index < len(self.blocks):
-            found = self.page_map[index].staged.find(1, page)
+        while index < len(self.holdings.blocks):
+            found = self.holdings.page_map[index].staged.find(1, page)
             if found >= 0:
                 self._stage_cursor = (index, found)
                 return True
@@ -353,14 +347,14 @@ class MemoryFilling:
             self._caught_up()
             return
         index, first = self._stage_cursor
-        block = self.blocks[index]
-        staged = self.page_map[index].staged
+        block = self.holdings.blocks[index]
+        staged = self.holdings.page_map[index].staged
         limit = max(1, _STAGED_BATCH * HOST_PAGE_SIZE // block.page_size)
         beyond = staged.find(0, first, first + limit)
         count = (beyond if beyond >= 0 else min(first + limit, block.pages)) - first
         offset = first * block.page_size
         length = count * block.page_size
-        stage = self._stages[index]
+        stage = self.holdings.stages[index]
         try:
             placed = self._placer.try_run(block, offset, length, stage.address_of(offset, length))
         except VmmGone as error:
@@ -391,37 +385,7 @@ class MemoryFilling:
     def close(self) -> None:
         """Release map, staging and buffers. Idempotent."""
         self.stop()
-        self._close_accounts()
-
-    def _close_accounts(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        for stage in self._stages:
-            stage.close()
-        for assembly in self._assemblies.values():
-            assembly.close()
-        if hasattr(self, "_placer"):
-            self._placer.close()
-        self.page_map.close()
-
-    def block_reports(self) -> list[BlockReport]:
-        """Tell of each block how much is here."""
-        return [
-            BlockReport(
-                name=block.name,
-                length=block.length,
-                page_size=block.page_size,
-                pages=block.pages,
-                received=0 if self._closed else self.page_map[block.index].received.count(),
-            )
-            for block in self.blocks
-        ]
-
-
-def _contiguous(message: Pages | ZeroPages, target_page_size: int) -> bool:
-    """Tell whether the pages are neighbours in the block and, unless zero, in our memory."""
-    offsets = message.offsets
-    if isinstance(message, Pages) and message.stride != target_page_size:
-        return False
-    return type(offsets) is range and offsets.step == target_page_size
+        for assembler in self._assemblers:
+            assembler.close()
+        self._placer.close()
+        self.holdings.close()

@@ -1,7 +1,8 @@
 """One incoming migration: a stream on one side, a VMM on the other, the state machine between.
 
-The parts live in their own files: the stream (`stream.py`), the return path (`return_path.py`),
-the memory (`filling.py`), the states (`states.py`). Here is what happens in which order.
+The parts live in their own files: the source's connections (`source_link.py`), the memory
+(`filling.py`), what the VMM is given to become the guest (`loading.py`), the states (`states.py`).
+Here is what happens in which order.
 """
 
 from __future__ import annotations
@@ -15,38 +16,45 @@ from time import perf_counter
 from typing import Any
 
 from postcopyd.incoming import events, handshake
+from postcopyd.incoming.assembling import Assembler
+from postcopyd.incoming.blocktime import Blocktime
+from postcopyd.incoming.collecting import Collection
 from postcopyd.incoming.faults import UnexpectedEvent
 from postcopyd.incoming.filling import MemoryFilling
+from postcopyd.incoming.loading import Loading
 from postcopyd.incoming.placing import VmmGone
 from postcopyd.incoming.report import Counters, Histogram, LatencyReport, Report
-from postcopyd.incoming.return_path import ReturnPath
 from postcopyd.incoming.settings import Settings
+from postcopyd.incoming.source_link import SourceLink
 from postcopyd.incoming.states import State, check_message, check_step
-from postcopyd.incoming.stream import StreamConnection
 from postcopyd.incoming.vmm import Vmm, VmmFailure
+from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import (
     Advise,
     BlockList,
     Configuration,
+    DeviceState,
     Discard,
     EndOfStream,
     Message,
+    Opaque,
     OpenReturnPath,
     Package,
     Pages,
     Ping,
+    PreemptEnd,
     RamSectionEnd,
     SwitchoverStart,
     ZeroPages,
 )
-from postcopyd.wire.package import PackageContents, parse_package
-from postcopyd.wire.stream_reader import StreamLimits, StreamReader
 
 _READ_AHEAD_IDLE = 128
 _READ_AHEAD_FAULTS = 16
 """Pages that one receive may bring while no fault waits, and while one does."""
+
+_AFTER_SWITCHOVER = (State.LISTENING, State.RUNNING)
 
 
 class Refused(Exception):
@@ -78,31 +86,33 @@ class IncomingMigration:
         self._trace = trace
         self._counters = Counters()
         self._latency = Histogram()
+        self._blocktime: Blocktime | None = None
         self._vmm: Vmm | None = None
         self._vmm_attached = asyncio.Event()
         self._filling: MemoryFilling | None = None
-        self._stream: StreamConnection | None = None
-        self._connection: socket.socket | None = None
-        self._return_path: ReturnPath | None = None
-        self._return_path_open = False
+        self._assemblers: tuple[Assembler, Assembler] | None = None
+        self._collection = Collection(())
+        self._loading: Loading | None = None
+        self._link: SourceLink | None = None
         self.peer: str | None = None
         """Where the source is, None before one has connected."""
+        self._preempt_peer: str | None = None
+        self._return_path_open = False
         self._bytes_received = 0
-        self._machine: str | None = None
         self._target_page_size = 0
         self._block_list: BlockList | None = None
-        self._package: Package | None = None
         self._discard_asked = False
         self._loaded = False
         self._end_of_stream = False
         self._never_sent: int | None = None
         self._removed_before = False
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._emptying: asyncio.Future[None] | None = None
+        self._copying: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._vmm_tasks: list[asyncio.Task[None]] = []
         self._finished = asyncio.Event()
         self._final_report: Report | None = None
-        self._package_at: float | None = None
+        self._switchover_at: float | None = None
         self._loaded_at: float | None = None
         self._resident_at: float | None = None
         self._cancels: list[tuple[str, bool, asyncio.Future[None]]] = []
@@ -119,16 +129,24 @@ class IncomingMigration:
 
     @property
     def has_vmm(self) -> bool:
-        """True once a VMM has handed over its memory."""
+        """True while there is a VMM whose memory is filled."""
         return self._vmm is not None
+
+    @property
+    def waits_for_vmm(self) -> bool:
+        """True when everything is kept for another VMM, because one has not loaded its devices."""
+        return self._vmm is None and self.state is State.PAUSED
 
     @property
     def package(self) -> bytes | None:
         """The device package as it was received, None before it has come."""
-        return self._package.data if self._package else None
+        loading = self._loading
+        return loading.package.data if loading is not None and loading.package else None
 
     def attach_vmm(self, vmm: Vmm) -> None:
         """Fill the memory of `vmm`, which is taken over.
+
+        When a VMM has not loaded its devices, another one may take its place.
 
         :raise Refused: if there is a VMM already, the migration has ended, or its memory cannot
             be accounted for. `vmm` then still is the caller's.
@@ -137,11 +155,27 @@ class IncomingMigration:
             raise Refused(f"migration {self.name!r} has ended")
         if self._vmm is not None:
             raise Refused(f"migration {self.name!r} already has a VMM: {self._vmm.description}")
+        if self._filling is None:
+            self._set_up(vmm)
+        else:
+            self._check_replacement(vmm, self._filling)
+            self._spawn_for_vmm(self._replace(vmm, self._filling))
+        self._vmm = vmm
+        blocks = vmm.memory.blocks
+        self._trace(
+            events.VmmAttached(vmm.description, len(blocks), sum(block.length for block in blocks))
+        )
+        self._spawn_for_vmm(self._watch_vmm(vmm))
+        self._vmm_attached.set()
+
+    def _set_up(self, vmm: Vmm) -> None:
+        blocktime = Blocktime(vmm.thread_names) if vmm.thread_names else None
         try:
-            self._filling = MemoryFilling(
+            filling = MemoryFilling(
                 vmm.memory,
                 self._counters,
                 self._latency,
+                blocktime,
                 request=self._request_pages,
                 removed=self._memory_removed,
                 caught_up=self._caught_up,
@@ -149,42 +183,41 @@ class IncomingMigration:
             )
         except (OSError, ValueError) as error:
             raise Refused(f"the memory of the VMM cannot be used: {error}") from error
-        self._vmm = vmm
-        self._trace(
-            events.VmmAttached(
-                vmm.description, len(self._filling.blocks), self._filling.blocks.length
-            )
-        )
-        self._spawn(self._watch_vmm(vmm))
-        self._vmm_attached.set()
+        self._blocktime = blocktime
+        self._filling = filling
+        self._assemblers = (filling.new_assembler(), filling.new_assembler())
+        self._collection = Collection(vmm.fed_blocks)
 
     def attach_stream(self, connection: socket.socket, peer: str) -> None:
         """Receive the migration from `connection`, which is taken over.
 
-        :raise Refused: if there is a stream already, or it is too late for one. `connection` then
-            still is the caller's.
+        While there is a stream a further connection may be its preempt channel; what it is shows
+        when it speaks.
+
+        :raise Refused: if it is too late for one. `connection` then still is the caller's.
         """
-        if self._stream is not None:
-            raise Refused(f"migration {self.name!r} already has a source: {self.peer}")
+        if self._link is not None:
+            self._link.add(connection, peer)
+            return
         if self.state is not State.NONE:
             raise Refused(f"migration {self.name!r} is {self.state.value}: it takes no stream")
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection = connection
         self.peer = peer
-        self._stream = StreamConnection(
+        name = self.name
+        self._link = SourceLink(
             self._loop,
+            self._settings,
             connection,
-            StreamReader(StreamLimits(package=self._settings.package_limit)),
+            peer,
             deliver=self._deliver,
+            deliver_urgent=self._deliver_urgent,
             faults_first=self._faults_first,
             lost=self._stream_lost,
-            fault_window=self._settings.fault_window,
+            preempt_attached=self._preempt_attached,
+            refused=lambda why: self._trace(events.ConnectionRefused(f"migration {name!r} {why}")),
         )
-        self._return_path = ReturnPath(self._loop, connection, self._stream_lost)
         self._trace(events.StreamAttached(peer))
         self._watch_idle(self._settings.first_byte_timeout)
-        self._stream.resume()
+        self._link.resume()
 
     def cancel(self, reason: str, force: bool = False) -> asyncio.Future[None]:
         """End it. Before the package the source goes on; after it the guest is lost.
@@ -220,25 +253,23 @@ class IncomingMigration:
     # -- the stream --------------------------------------------------------------------------
 
     def _deliver(self, message: Message) -> None:
-        """Act on one message of the stream.
+        """Act on one message of the main stream.
 
         :raise ProtocolError: if it is not legal here or contradicts the VMM.
         :raise OSError: if there is no memory to keep it.
         """
-        assert self._stream is not None
         if self.state is State.RUNNING and type(message) is Pages:
-            self._place_pages(message)  # the hot path
+            self._place(message, 0)  # the hot path
             return
-        check_message(self.state, message, self._stream.reader.position)
+        assert self._link is not None
+        check_message(self.state, message, self._link.main.reader.position)
         match message:
-            case Pages():
-                self._stage_pages(message)
-            case ZeroPages():
-                self._take_zeros(message)
+            case Pages() | ZeroPages():
+                self._take_pages(message, 0)
             case RamSectionEnd() | SwitchoverStart():
                 pass
             case Configuration():
-                self._machine = message.machine
+                self._loading = Loading(message, self._collection)
             case OpenReturnPath():
                 self._return_path_open = True
             case Ping():
@@ -247,45 +278,65 @@ class IncomingMigration:
                 self._target_page_size = message.target_page_size
                 self._aside(self._prepare(message))
             case BlockList():
-                assert self._filling is not None
-                handshake.check_block_list(message, self._filling.blocks)
-                self._block_list = message
+                self._take_block_list(message)
             case Discard():
                 self._take_discard(message)
             case Package():
                 self._take_package(message)
+            case DeviceState():
+                self._converge()
+            case Opaque():
+                assert self._loading is not None
+                self._aside(self._loading.feed(bytes(message.data)))
             case EndOfStream():
                 self._take_end_of_stream()
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not supported", None)
 
-    def _place_pages(self, message: Pages) -> None:
-        assert self._filling is not None and self._stream is not None
-        if not self._filling.place_pages(message, self._target_page_size):
-            self._stream.pause()
-        self._stream.reader.read_ahead_pages = (
-            _READ_AHEAD_FAULTS if self._filling.waiting else _READ_AHEAD_IDLE
+    def _deliver_urgent(self, message: Message) -> None:
+        """Act on one message of the preempt channel. As `_deliver`."""
+        if self.state not in _AFTER_SWITCHOVER:
+            raise ProtocolError(
+                f"the preempt channel brings pages in state {self.state.value}", None
+            )
+        match message:
+            case Pages() | ZeroPages():
+                self._take_pages(message, 1)
+            case PreemptEnd():
+                pass
+            case _:
+                raise ProtocolError(f"{type(message).__name__} on the preempt channel", None)
+        if self._end_of_stream:
+            self._complete_if_all_is_here()
+
+    def _take_pages(self, message: Pages | ZeroPages, channel: int) -> None:
+        assert self._filling is not None and self._loading is not None
+        if not self._loaded and self._loading.take(message):
+            return
+        if self.state in _AFTER_SWITCHOVER:
+            self._place(message, channel)
+        else:
+            self._counters.pages_precopy += len(message)
+            holdings = self._filling.holdings
+            holdings.stage(holdings.block_of(message.block), message, self._target_page_size)
+
+    def _place(self, message: Pages | ZeroPages, channel: int) -> None:
+        filling, link = self._filling, self._link
+        assert filling is not None and link is not None and self._assemblers is not None
+        if not filling.place(message, self._target_page_size, self._assemblers[channel]):
+            link.pause()
+        link.main.reader.read_ahead_pages = (
+            _READ_AHEAD_FAULTS if filling.waiting else _READ_AHEAD_IDLE
         )
 
-    def _stage_pages(self, message: Pages) -> None:
-        assert self._filling is not None
-        self._filling.stage_pages(message, self._target_page_size)
-
-    def _take_zeros(self, message: ZeroPages) -> None:
-        assert self._filling is not None and self._stream is not None
-        if self.state is not State.RUNNING:
-            self._filling.stage_zeros(message, self._target_page_size)
-        elif not self._filling.place_zeros(message, self._target_page_size):
-            self._stream.pause()
-
     def _pong(self, value: int) -> None:
-        assert self._return_path is not None
+        assert self._link is not None
         if not self._return_path_open:
             raise ProtocolError(f"PING {value} came before a return path was opened", None)
-        self._return_path.send(self._return_path.writer.pong(value))
+        self._link.send(self._link.writer.pong(value))
 
     async def _prepare(self, message: Advise) -> None:
-        """Wait for the VMM, agree on page sizes, empty all memory."""
+        """Wait for the VMM, agree on machine and page sizes, empty all memory."""
         try:
             async with asyncio.timeout(self._settings.vmm_timeout):
                 await self._vmm_attached.wait()
@@ -293,27 +344,43 @@ class IncomingMigration:
             raise ProtocolError(
                 f"no VMM has handed over its memory within {self._settings.vmm_timeout:g} s", None
             ) from None
-        assert self._vmm is not None and self._filling is not None
-        handshake.check_advise(message, self._filling.blocks, self._return_path_open)
-        await self._vmm.advise()
-        self._emptying = self._loop.run_in_executor(None, self._filling.empty)
-        await asyncio.shield(self._emptying)
+        vmm, filling, loading = self._vmm, self._filling, self._loading
+        assert vmm is not None and filling is not None and loading is not None
+        loading.collection = self._collection
+        vmm.check_machine(loading.configuration.machine)
+        handshake.check_advise(
+            message, filling.holdings.blocks, self._collection, self._return_path_open
+        )
+        await vmm.advise()
+        await self._copy_aside(filling.holdings.empty)
         self._step(State.ADVISE)
 
+    def _take_block_list(self, message: BlockList) -> None:
+        assert self._filling is not None and self._loading is not None and self._link is not None
+        handshake.check_block_list(message, self._filling.holdings.blocks, self._collection)
+        self._loading.begin(message)
+        self._block_list = message
+        self._link.blocks_known(message.blocks, self._target_page_size)
+
     def _take_discard(self, message: Discard) -> None:
-        assert self._filling is not None
         if self.state is State.ADVISE:
             self._require_block_list("a discard")
+            self._switchover_at = perf_counter()
             self._aside(self._first_discard(message))
         else:
-            self._filling.discard(message)
+            self._discard(message)
 
     async def _first_discard(self, message: Discard) -> None:
-        assert self._vmm is not None and self._filling is not None
+        assert self._vmm is not None
         self._discard_asked = True
         await self._vmm.discard()
         self._step(State.DISCARD)
-        self._filling.discard(message)
+        self._discard(message)
+
+    def _discard(self, message: Discard) -> None:
+        assert self._filling is not None and self._loading is not None
+        if not self._loading.take(message):
+            self._filling.holdings.discard(message)
 
     def _require_block_list(self, before: str) -> None:
         if self._block_list is None:
@@ -321,45 +388,143 @@ class IncomingMigration:
 
     def _take_package(self, message: Package) -> None:
         self._require_block_list("the device package")
-        contents = parse_package(message.data)
+        assert self._loading is not None
+        self._loading.take_package(message)
         # From here on the source cannot take the guest back: every error is a pause.
-        self._package = message
-        self._package_at = perf_counter()
+        self._switchover_at = self._switchover_at or perf_counter()
         self._step(State.LISTENING)
         self._trace(events.PackageReceived(len(message.data)))
-        self._aside(self._listen(contents))
-
-    async def _listen(self, contents: PackageContents) -> None:
-        """Serve faults from now on, let the VMM load its devices, then take the pages."""
-        assert self._vmm is not None and self._filling is not None
-        if not self._discard_asked:
-            await self._vmm.discard()
-        self._filling.listen(self._loop)
-        self._vmm.listening()
-        self._step(State.RUNNING)
-        self._spawn(self._run(contents))
-
-    async def _run(self, contents: PackageContents) -> None:
-        """Hand the device state to the VMM; it runs from its answer on."""
-        assert self._vmm is not None
-        started = perf_counter()
-        await self._vmm.run(contents.device_state)
-        self._loaded = True
-        self._loaded_at = perf_counter()
-        self._trace(events.DeviceStateLoaded(self._loaded_at - started))
-        for value in contents.pings:
-            # They report that the device state is loaded (qemu-wire, 4.1).
-            if self._return_path is not None:
-                self._return_path.send(self._return_path.writer.pong(value))
-        self._complete_if_all_is_here()
+        self._aside(self._listen())
 
     def _take_end_of_stream(self) -> None:
-        assert self._filling is not None and self._stream is not None
-        if self._filling.unfinished_host_page:
+        assert self._link is not None and self._assemblers is not None
+        assert self._loading is not None
+        if self._assemblers[0].unfinished:
             raise ProtocolError("the stream ends in the middle of a host page", None)
         self._end_of_stream = True
-        self._stream.pause()
+        self._link.main.pause()
+        if self._link.preempt is None:
+            self._loading.all_came()
         self._complete_if_all_is_here()
+
+    # -- the VMM becomes the guest -------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        """Serve faults from now on, and have the VMM load its devices while pages come."""
+        vmm = self._vmm
+        assert vmm is not None
+        if not self._discard_asked:
+            await vmm.discard()
+        if self._vmm is vmm:
+            self._begin_load()
+
+    def _begin_load(self) -> None:
+        vmm, filling, loading = self._vmm, self._filling, self._loading
+        assert vmm is not None and filling is not None and loading is not None
+        filling.listen(self._loop)
+        vmm.listening()
+        if self._link is not None:
+            writer = self._link.writer
+            for name, offset in loading.missing():
+                self._link.send(writer.request_page(name, offset, HOST_PAGE_SIZE))
+        self._spawn_for_vmm(self._load(vmm, loading))
+
+    async def _load(self, vmm: Vmm, loading: Loading) -> None:
+        pings = await loading.run(vmm)
+        self._vmm_runs()
+        if self.state is State.LISTENING:
+            self._step(State.RUNNING)
+        for value in pings:
+            # They report that the device state is loaded (qemu-wire, 4.1).
+            if self._link is not None:
+                self._link.send(self._link.writer.pong(value))
+        self._complete_if_all_is_here()
+
+    def _vmm_runs(self) -> None:
+        assert self._filling is not None and self._switchover_at is not None
+        self._loaded = True
+        self._loaded_at = perf_counter()
+        self._trace(events.DeviceStateLoaded(self._loaded_at - self._switchover_at))
+        self._filling.guest_runs()
+        self._collection.close()
+
+    def _converge(self) -> None:
+        """Go on with a pre-copy that ends without a switchover: everything has come."""
+        self._require_block_list("the device state")
+        vmm, filling, loading = self._vmm, self._filling, self._loading
+        assert vmm is not None and filling is not None and loading is not None
+        self._switchover_at = perf_counter()
+        self._step(State.CONVERGED)
+        self._trace(events.Converged())
+        filling.holdings.all_came()
+        filling.listen(self._loop)
+        vmm.listening()
+        self._spawn_for_vmm(self._load_converged(vmm, loading))
+
+    async def _load_converged(self, vmm: Vmm, loading: Loading) -> None:
+        await loading.run_converged(vmm)
+        self._vmm_runs()
+        self._complete_if_all_is_here()
+
+    # -- another VMM in the place of one that has not loaded --------------------------------------
+
+    def _check_replacement(self, vmm: Vmm, filling: MemoryFilling) -> None:
+        """Check that another VMM is the machine that everything that is here is for.
+
+        :raise Refused: naming what differs.
+        """
+        loading = self._loading
+        assert loading is not None and self._block_list is not None
+        try:
+            filling.holdings.check_fits(vmm.memory)
+            vmm.check_machine(loading.configuration.machine)
+            handshake.check_block_list(
+                self._block_list, filling.holdings.blocks, Collection(vmm.fed_blocks)
+            )
+        except (ValueError, VmmFailure, ProtocolError) as error:
+            raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
+
+    async def _replace(self, vmm: Vmm, filling: MemoryFilling) -> None:
+        """Move what is here to the memory of another VMM, and go on where the first one ended."""
+        await vmm.advise()
+        await vmm.discard()
+        await self._copy_aside(filling.move_to, vmm.memory)
+        if self._blocktime is not None:
+            self._blocktime.rename(vmm.thread_names)
+        if self._link is not None:
+            self._step(State.LISTENING)
+            self.failure = None
+        self._begin_load()
+        self._resume_stream()
+
+    def _vmm_lost(self, reason: str) -> None:
+        """Go on without the VMM, which has gone or does not load its devices."""
+        if self.state.ended or self._vmm is None:
+            return
+        if self.before_package or self._loaded:
+            self._end(reason)
+            return
+        assert self._filling is not None
+        vmm, self._vmm = self._vmm, None
+        self._vmm_attached.clear()
+        self._end_vmm_tasks()
+        if self._link is not None:
+            self._link.pause()
+        try:
+            self._filling.let_go()
+        except OSError as error:
+            reason += f"; pages that had just come are lost until they are asked again: {error}"
+        self._spawn(self._dismiss(vmm, reason))
+        self.failure = reason
+        if self.state is not State.PAUSED:
+            self._step(State.PAUSED)
+        self._trace(events.VmmLost(reason))
+
+    async def _dismiss(self, vmm: Vmm, reason: str) -> None:
+        try:
+            await vmm.failed(reason)
+        finally:
+            vmm.close()
 
     # -- faults ------------------------------------------------------------------------------
 
@@ -368,15 +533,15 @@ class IncomingMigration:
             self._filling.read_faults()
 
     def _request_pages(self, pages: list[tuple[RamBlock, int]]) -> None:
-        return_path = self._return_path
-        if return_path is None or self.state not in (State.LISTENING, State.RUNNING):
+        link = self._link
+        if link is None or self.state not in _AFTER_SWITCHOVER:
             return
-        request_page = return_path.writer.request_page
+        request_page = link.writer.request_page
         message = b""
         for block, page in pages:
             size = block.page_size
             message += request_page(block.name, page * size, size)
-        return_path.send(message)
+        link.send(message)
 
     def _memory_removed(self, block: RamBlock, offset: int, length: int) -> None:
         if not self._removed_before:
@@ -387,57 +552,86 @@ class IncomingMigration:
         assert self._filling is not None
         if self._filling.stalled:
             return
-        if self._stream is not None and not self._end_of_stream:
-            self._stream.resume()
+        self._resume_stream()
         self._complete_if_all_is_here()
+
+    def _resume_stream(self) -> None:
+        if self._link is None or self.waits_for_vmm:
+            return
+        if self._end_of_stream:
+            self._link.resume_preempt()
+        else:
+            self._link.resume()
+
+    def _preempt_attached(self, peer: str) -> None:
+        self._preempt_peer = peer
+        self._trace(events.PreemptAttached(peer))
 
     # -- the end -----------------------------------------------------------------------------
 
     def _complete_if_all_is_here(self) -> None:
-        if (
-            self.state is not State.RUNNING
-            or not self._end_of_stream
-            or not self._loaded
-            or self._filling is None
-            or self._filling.staged
+        filling = self._filling
+        if not self._loaded or filling is None or filling.staged or filling.stalled:
+            return
+        if self.state is not State.CONVERGED and (
+            self.state is not State.RUNNING or not self._all_came()
         ):
             return
-        assert self._vmm is not None
         try:
-            self._never_sent = self._filling.finish()
+            self._never_sent = filling.finish()
         except OSError as error:
-            self._lose(f"the memory of the VMM cannot be released: {error}")
+            self._end(f"the memory of the VMM cannot be released: {error}")
             return
         self._resident_at = perf_counter()
-        self._vmm.complete()
         self._step(State.END)
-        assert self._package_at is not None
-        pages = sum(block.pages for block in self._filling.blocks)
+        assert self._switchover_at is not None
+        pages = sum(block.pages for block in filling.holdings.blocks)
         self._trace(
             events.Completed(
-                pages - self._never_sent, self._never_sent, self._resident_at - self._package_at
+                pages - self._never_sent, self._never_sent, self._resident_at - self._switchover_at
             )
         )
         self._final_report = self._make_report()
+        self._end_vmm_tasks()
         self._spawn(self._say_goodbye())
 
+    def _all_came(self) -> bool:
+        """Tell whether the source has sent everything, on both channels.
+
+        The end of the main stream says nothing of the preempt channel, whose end a QEMU 10.0 does
+        not mark: there every page that was asked for has to be here (qemu-wire, 5.2).
+        """
+        link, filling = self._link, self._filling
+        assert filling is not None
+        if not self._end_of_stream or link is None:
+            return False
+        return (
+            link.preempt is None
+            or link.preempt.reader.ended
+            or not filling.holdings.outstanding_pages()
+        )
+
     async def _say_goodbye(self) -> None:
-        """Tell the source that all is well, and let it close the connection."""
-        if self._return_path is not None and self._connection is not None:
-            self._return_path.send(self._return_path.writer.shut(0))
+        """Tell both sides that all is well, and let the source close its connection."""
+        link = self._link
+        if link is not None:
+            link.send(link.writer.shut(0))
+        if self._vmm is not None:
+            await self._vmm.complete()
+        if link is not None:
             await handshake.wait_for_close(
-                self._loop, self._connection, self._settings.close_timeout
+                self._loop, link.connection, self._settings.close_timeout
             )
         self._release()
 
     def _stream_lost(self, error: Exception) -> None:
         """React to a stream that stopped or is wrong."""
-        assert self._stream is not None
-        if self.state.ended or self._end_of_stream:
+        assert self._link is not None
+        if self.state.ended or (self._end_of_stream and self._all_came()):
             return
         wrong = isinstance(error, ProtocolError)
         reason = str(error) if wrong else f"the stream from {self.peer} broke: {error}"
-        if self.state is State.NONE and not self._stream.bytes_received:
+        if self.state is State.NONE and not self._link.bytes_received:
             self._drop_stream()
             self._trace(events.StreamDropped(self.peer or ""))
         else:
@@ -447,16 +641,14 @@ class IncomingMigration:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if self._return_path is not None:
-            self._return_path.close()
-        if self._stream is not None:
-            self._bytes_received += self._stream.bytes_received
-            self._stream.close()
-        self._stream = self._return_path = self._connection = None
+        if self._link is not None:
+            self._bytes_received += self._link.bytes_received
+            self._link.close()
+        self._link = None
 
     def _filling_broken(self, error: Exception) -> None:
         if isinstance(error, VmmGone):
-            self._lose(str(error))
+            self._vmm_lost(str(error))
         elif isinstance(error, UnexpectedEvent | ProtocolError):
             self._error(str(error))
         else:
@@ -464,20 +656,22 @@ class IncomingMigration:
 
     async def _watch_vmm(self, vmm: Vmm) -> None:
         await vmm.gone()
-        self._lose(f"the VMM has gone ({vmm.description})")
+        self._vmm_lost(f"the VMM has gone ({vmm.description})")
 
     def _watch_idle(self, seconds: float, received: int = 0) -> None:
         self._idle_timer = self._loop.call_later(seconds, self._check_idle, seconds, received)
 
     def _check_idle(self, seconds: float, received: int) -> None:
         """End a migration whose source says nothing; after the package time does not matter."""
-        stream = self._stream
-        if stream is None or not self.before_package:
+        link = self._link
+        if link is None or not self.before_package:
             return
-        if stream.bytes_received == received and not stream.paused:
+        # A source whose pre-copy has converged waits for us.
+        waits = link.main.paused or self.state is State.CONVERGED
+        if link.bytes_received == received and not waits:
             self._error(f"the source at {self.peer} has sent nothing for {seconds:g} s")
             return
-        self._watch_idle(self._settings.idle_timeout, stream.bytes_received)
+        self._watch_idle(self._settings.idle_timeout, link.bytes_received)
 
     def _on_quit(self) -> None:
         os.eventfd_read(self._quit)
@@ -499,29 +693,34 @@ class IncomingMigration:
             return
         if self.before_package:
             self._end(reason)
-        elif self.state is not State.PAUSED:
-            self.failure = reason
-            self._drop_stream()
+            return
+        self.failure = reason
+        self._drop_stream()
+        if self.state is not State.PAUSED:
             self._step(State.PAUSED)
-            self._trace(events.Paused(reason))
-
-    def _lose(self, reason: str) -> None:
-        """End it because there is nothing left that could be filled."""
-        if not self.state.ended:
-            self._end(reason)
+        self._trace(events.Paused(reason))
 
     def _end(self, reason: str) -> None:
         """End without all memory."""
         before_package = self.before_package
         self.failure = reason
-        if before_package and self._return_path is not None and self._return_path_open:
-            # In pre-copy SHUT 1 lets the source fail at once and go on (qemu-wire, 5.2).
-            self._return_path.send(self._return_path.writer.shut(1))
-        if self._vmm is not None:
-            self._vmm.failed(reason)
         self._step(State.FAILED)
         self._trace(events.Failed(reason, before_package))
+        if before_package and self._link is not None and self._return_path_open:
+            # In pre-copy SHUT 1 lets the source fail at once and go on (qemu-wire, 5.2).
+            self._link.send(self._link.writer.shut(1))
         self._final_report = self._make_report()
+        self._end_vmm_tasks()
+        if self._filling is not None:
+            self._filling.stop()
+        self._drop_stream()
+        if self._vmm is None:
+            self._release()
+        else:
+            self._spawn(self._say_that_it_failed(self._vmm, reason))
+
+    async def _say_that_it_failed(self, vmm: Vmm, reason: str) -> None:
+        await vmm.failed(reason)
         self._release()
 
     def _release(self) -> None:
@@ -536,18 +735,19 @@ class IncomingMigration:
         for _, _, done in self._cancels:
             done.set_result(None)
         self._cancels.clear()
-        if self._emptying is not None and not self._emptying.done():
+        if self._copying is not None and not self._copying.done():
             # A thread is at work on the memory files: closing one under it would let it loose on
             # whatever gets the descriptor's number next.
-            self._emptying.add_done_callback(self._release_memory)
+            self._copying.add_done_callback(self._release_memory)
         else:
             self._release_memory()
 
-    def _release_memory(self, emptied: asyncio.Future[None] | None = None) -> None:
-        if emptied is not None and not emptied.cancelled():
-            emptied.exception()  # it has ended anyway: why does not matter any more
+    def _release_memory(self, copied: asyncio.Future[None] | None = None) -> None:
+        if copied is not None and not copied.cancelled():
+            copied.exception()  # it has ended anyway: why does not matter any more
         if self._filling is not None:
             self._filling.close()
+        self._collection.close()
         if self._vmm is not None:
             self._vmm.close()
         self._finished.set()
@@ -560,53 +760,75 @@ class IncomingMigration:
         self.state = new
         self._trace(events.StateChanged(old, new))
 
+    async def _copy_aside(self, work: Callable[..., None], *arguments: object) -> None:
+        """Have a thread do what takes long, at memory files that must stay open meanwhile."""
+        self._copying = self._loop.run_in_executor(None, work, *arguments)
+        await asyncio.shield(self._copying)
+
     def _aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Do `work` while the stream stands still, then go on with it."""
-        stream = self._stream
-        assert stream is not None
-        stream.pause()
+        link = self._link
+        assert link is not None
+        link.pause()
 
         async def work_and_resume() -> None:
             await work
-            if self._stream is stream:
-                stream.resume()
+            if self._link is link:
+                self._resume_stream()
 
         self._spawn(work_and_resume())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
             except VmmFailure as error:
-                self._error(f"the VMM failed: {error}")
+                self._vmm_lost(f"the VMM failed: {error}")
             except (ProtocolError, OSError) as error:
                 self._error(str(error))
 
         task = self._loop.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _spawn_for_vmm(self, work: Coroutine[Any, Any, None]) -> None:
+        """As `_spawn`, for work that ends with the VMM."""
+        self._vmm_tasks.append(self._spawn(work))
+
+    def _end_vmm_tasks(self) -> None:
+        current = asyncio.current_task()
+        for task in self._vmm_tasks:
+            if task is not current:
+                task.cancel()
+        self._vmm_tasks.clear()
 
     def _make_report(self) -> Report:
-        filling, stream = self._filling, self._stream
-        blocks = filling.block_reports() if filling else []
+        filling, link, loading = self._filling, self._link, self._loading
+        blocks = filling.holdings.reports() if filling else []
+        blocks += self._collection.reports()
+        package = self.package
         return Report(
             name=self.name,
             state=self.state.value,
             failure=self.failure,
             vmm=self._vmm.description if self._vmm else None,
             peer=self.peer,
-            machine=self._machine,
+            machine=loading.configuration.machine if loading else None,
             blocks=blocks,
             length=sum(block.length for block in blocks),
             received=sum(block.received * block.page_size for block in blocks),
-            package_length=len(self._package.data) if self._package else None,
+            package_length=len(package) if package is not None else None,
             counters=replace(self._counters),
-            bytes_received=self._bytes_received + (stream.bytes_received if stream else 0),
+            bytes_received=self._bytes_received + (link.bytes_received if link else 0),
             outstanding=len(filling.waiting) if filling else 0,
             never_sent=self._never_sent,
             fault_latency=LatencyReport.of(self._latency),
-            seconds_to_run=_between(self._package_at, self._loaded_at),
-            seconds_resident=_between(self._package_at, self._resident_at),
+            preempt=self._preempt_peer,
+            threads=self._blocktime.reports() if self._blocktime else [],
+            downtime_seconds=_between(self._switchover_at, self._loaded_at),
+            window_seconds=_between(self._switchover_at, self._resident_at),
+            waits_for_vmm=self.waits_for_vmm,
         )
 
 

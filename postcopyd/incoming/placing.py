@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
 from bitarray import bitarray
 
+from postcopyd.incoming.blocktime import Blocktime
 from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.kernel.memory import HOST_PAGE_SIZE, Mapping
@@ -69,7 +70,12 @@ class Placer:
         waiting: dict[int, int],
         counters: Counters,
         latency: Histogram,
+        blocktime: Blocktime | None,
     ) -> None:
+        """Place into `blocks` through `userfaultfd`.
+
+        :param blocktime: told when threads go on; None when their ids are not known.
+        """
         self._copy = userfaultfd.copy
         self._zeropage = userfaultfd.zeropage
         self._wake = userfaultfd.wake
@@ -77,6 +83,7 @@ class Placer:
         self._waiting = waiting
         self._counters = counters
         self._latency = latency
+        self._blocktime = blocktime
         self.pending: deque[_Run] = deque()
         """Runs that were put off, in order."""
         self.any_removed = False
@@ -189,6 +196,15 @@ class Placer:
         else:
             received[[offset // size for offset in offsets]] = 1
 
+    def unplaced(self) -> Iterator[tuple[RamBlock, int, int, int]]:
+        """Give what was put off and forget it: block, offset, length, address here (0: zeros).
+
+        For when the VMM has gone: each goes as far as it has not been placed.
+        """
+        pending, self.pending = self.pending, deque()
+        for run in pending:
+            yield run.block, run.offset, run.length, run.source
+
     def retry(self) -> bool:
         """Place what was put off, in order. As `place_pages`."""
         pending = self.pending
@@ -269,7 +285,7 @@ class Placer:
             maps.zero[page] = 1
             self.any_removed = True
             counters.pages_removed += 1
-            self._waiting.pop(destination, None)
+            self.forget_fault(destination)
             self._skip(run, size)
         else:
             raise VmmGone(f"placing {block.name!r} at {run.offset:#x}: the VMM has exited")
@@ -308,7 +324,16 @@ class Placer:
     def _finish_fault(self, address: int) -> None:
         since = self._waiting.pop(address, None)
         if since is not None:
-            self._latency.record(perf_counter_ns() - since)
+            now = perf_counter_ns()
+            self._latency.record(now - since)
+            if self._blocktime is not None:
+                self._blocktime.released(address, now)
+
+    def forget_fault(self, address: int) -> None:
+        """End a fault that needed no page; its time says nothing about the migration."""
+        self._waiting.pop(address, None)
+        if self._blocktime is not None:
+            self._blocktime.released(address, perf_counter_ns())
 
 
 def _runs(offsets: Sequence[int], size: int) -> list[tuple[int, int]]:

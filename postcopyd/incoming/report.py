@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from postcopyd.incoming.blocktime import ThreadReport
+
 _SUB_BITS = 4  # 16 steps for every doubling: a bucket is at most 6.25 % wide
 _LOWEST = 10  # below 1.024 us everything is one bucket
 
@@ -136,6 +138,8 @@ class BlockReport:
     page_size: int
     pages: int
     received: int
+    watched: bool = True
+    """False for a block that the VMM gets with its device state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,13 @@ class Report:
     never_sent: int | None = None
     """Pages that the source never sent (they are zero there too); known at the end."""
     fault_latency: LatencyReport = field(default_factory=lambda: LatencyReport.of(Histogram()))
-    seconds_to_run: float | None = None
-    """From the package to the VMM's word that it runs."""
-    seconds_resident: float | None = None
-    """From the package to the last page."""
+    preempt: str | None = None
+    """Where its preempt channel comes from; None if it has none."""
+    threads: list[ThreadReport] = field(default_factory=list)
+    """How long each thread of the VMM was blocked, where they can be told apart."""
+    downtime_seconds: float | None = None
+    """From the source's first word of the switchover to the VMM's that it runs."""
+    window_seconds: float | None = None
+    """From the source's first word of the switchover to the last page."""
+    waits_for_vmm: bool = False
+    """True when everything is kept for another VMM, because one has not loaded its devices."""

@@ -6,8 +6,9 @@ only UFFDIO_COPY may write (that places once). Two kinds of memory, two ways:
 - Shared memory whose memory file the VMM handed over: pages are written straight into the file,
   a discard punches a hole. The VMM finds them there without a fault.
 - Private memory: pages wait in a sparse staging file of ours. After LISTEN they are placed from
-  there, the ones that a fault waits for first, and each hole that is punched behind them gives
-  the memory back.
+  there, the ones that a fault waits for first; once the guest runs the others follow, and each hole
+  that is punched behind them gives the memory back. Until then everything stays, because another
+  VMM may have to take the place of one that could not load its devices.
 
 Files are written with pwrite, not through a mapping: a VMM that shrinks its file, or a machine
 that runs out of memory, gives an errno then and not a SIGBUS that would end the daemon.
@@ -23,6 +24,9 @@ from postcopyd.kernel import memory_file
 from postcopyd.kernel.memory import HOST_PAGE_SIZE, Mapping, advise
 from postcopyd.ram.block import RamBlock
 from postcopyd.ram.page_map import BlockMap
+
+_MOVE = 1 << 20
+"""Bytes that are moved at a time to another VMM's memory."""
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 
@@ -51,6 +55,7 @@ class BlockStage:
             self._file = memory_file.create("postcopyd-staging", block.length)
             self._file_offset = 0
         self._huge = block.page_size > HOST_PAGE_SIZE
+        self._moving = False
         try:
             if self.direct and self._huge:
                 self._map_huge_file()
@@ -115,7 +120,7 @@ class BlockStage:
         size = self.block.page_size
         first = offset // size
         for page in range(first, (offset + length + size - 1) // size):
-            if not self._maps.received[page]:
+            if self._moving or not self._maps.received[page]:
                 os.posix_fallocate(self._file, self._file_offset + page * size, size)
 
     def discard(self, offset: int, length: int) -> None:
@@ -135,6 +140,31 @@ class BlockStage:
     def empty(self) -> None:
         """Drop all content, also what the VMM wrote before."""
         self.discard(0, self.block.length)
+
+    def take_over(self, other: BlockStage) -> None:
+        """Take what `other` has of the same block, for another VMM that has not run yet.
+
+        Both have the same maps, and this one's memory has nothing to keep. Takes as long as
+        copying does.
+        """
+        self._punch(0, self.block.length)
+        self._moving = True
+        size = self.block.page_size
+        maps = self._maps
+        present = maps.received[: self.block.pages] & ~maps.zero[: self.block.pages]
+        step = max(_MOVE // size, 1)
+        page = present.find(1)
+        while page >= 0:
+            beyond = present.find(0, page, page + step)
+            count = (beyond if beyond >= 0 else min(page + step, len(present))) - page
+            self.write(page * size, other._read(page * size, count * size))
+            page = present.find(1, page + count)
+        self._moving = False
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        if self._mapping is not None:
+            return self._mapping.view[offset : offset + length]
+        return memoryview(os.pread(self._file, length, self._file_offset + offset))
 
     def _punch(self, offset: int, length: int) -> None:
         memory_file.punch_hole(self._file, self._file_offset + offset, length)

@@ -2,14 +2,21 @@
 
 ```
 NONE -> ADVISE -> DISCARD -> LISTENING -> RUNNING -> END
-           |                    ^  |         |
-           +--------------------+  +-> PAUSED <-> RECOVER -> RUNNING
+         |  |                 ^  |  ^        |
+         |  +-----------------+  |  |        v
+         |                       +--+---> PAUSED <-> RECOVER -> LISTENING, RUNNING
+         +-> CONVERGED -> END
 ```
 
+LISTENING begins with the device package and ends when the VMM has loaded it: faults are served, the
+guest has not run. If its VMM does not load, the migration is PAUSED until another VMM takes its
+place. CONVERGED is a pre-copy that ends without a switchover: its device state comes without a
+package, and until the VMM has loaded it the source still is the VM.
+
 FAILED can be reached from every state that is not an end: before the package it means that the
-source goes on, after it that the guest is lost (its VMM is gone, or an operator gave it up). An
-error after the package leads to PAUSED, because a source that has sent its package cannot take
-the guest back (qemu-wire, 5.2).
+source goes on, after it that the guest is lost (its VMM is gone, or an operator gave it up). Any
+other error after the package leads to PAUSED, because a source that has sent its package cannot
+take the guest back (qemu-wire, 5.2).
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ class State(Enum):
     DISCARD = "discard"
     LISTENING = "listening"
     RUNNING = "running"
+    CONVERGED = "converged"
     PAUSED = "paused"
     RECOVER = "recover"
     END = "end"
@@ -41,21 +49,22 @@ class State(Enum):
     @property
     def before_package(self) -> bool:
         """True while the source is still the VM, so that an error can abort cleanly."""
-        return self in (State.NONE, State.ADVISE, State.DISCARD)
+        return self in (State.NONE, State.ADVISE, State.DISCARD, State.CONVERGED)
 
 
 LEGAL_STEPS: dict[State, frozenset[State]] = {
     State.NONE: frozenset({State.ADVISE, State.FAILED}),
-    State.ADVISE: frozenset({State.DISCARD, State.LISTENING, State.FAILED}),
+    State.ADVISE: frozenset({State.DISCARD, State.LISTENING, State.CONVERGED, State.FAILED}),
     State.DISCARD: frozenset({State.LISTENING, State.FAILED}),
     State.LISTENING: frozenset({State.RUNNING, State.PAUSED, State.FAILED}),
     State.RUNNING: frozenset({State.PAUSED, State.END, State.FAILED}),
-    State.PAUSED: frozenset({State.RECOVER, State.FAILED}),
-    State.RECOVER: frozenset({State.RUNNING, State.PAUSED, State.FAILED}),
+    State.CONVERGED: frozenset({State.END, State.FAILED}),
+    State.PAUSED: frozenset({State.LISTENING, State.RECOVER, State.FAILED}),
+    State.RECOVER: frozenset({State.LISTENING, State.RUNNING, State.PAUSED, State.FAILED}),
     State.END: frozenset(),
     State.FAILED: frozenset(),
 }
-"""Every legal step. A converged pre-copy (ADVISE straight to END) is refused in `migration.py`."""
+"""Every legal step."""
 
 LEGAL_MESSAGES: dict[type[messages.Message], frozenset[State]] = {
     messages.Configuration: frozenset({State.NONE}),
@@ -65,13 +74,15 @@ LEGAL_MESSAGES: dict[type[messages.Message], frozenset[State]] = {
     ),
     messages.Advise: frozenset({State.NONE}),
     messages.BlockList: frozenset({State.ADVISE}),
-    messages.Pages: frozenset({State.ADVISE, State.RUNNING}),
-    messages.ZeroPages: frozenset({State.ADVISE, State.RUNNING}),
-    messages.RamSectionEnd: frozenset({State.ADVISE, State.RUNNING}),
+    messages.Pages: frozenset({State.ADVISE, State.LISTENING, State.RUNNING}),
+    messages.ZeroPages: frozenset({State.ADVISE, State.LISTENING, State.RUNNING}),
+    messages.RamSectionEnd: frozenset({State.ADVISE, State.LISTENING, State.RUNNING}),
     messages.SwitchoverStart: frozenset({State.ADVISE}),
     messages.Discard: frozenset({State.ADVISE, State.DISCARD}),
     messages.Package: frozenset({State.ADVISE, State.DISCARD}),
-    messages.EndOfStream: frozenset({State.RUNNING}),
+    messages.DeviceState: frozenset({State.ADVISE}),
+    messages.Opaque: frozenset({State.CONVERGED}),
+    messages.EndOfStream: frozenset({State.LISTENING, State.RUNNING}),
 }
 """In which states a message may come; one that is not listed is refused in all of them."""
 
@@ -79,10 +90,6 @@ LEGAL_MESSAGES: dict[type[messages.Message], frozenset[State]] = {
 _HINTS: dict[tuple[State, type[messages.Message]], str] = {
     (State.NONE, messages.BlockList): (
         "the source did not advise post-copy: switch its capability postcopy-ram on"
-    ),
-    (State.ADVISE, messages.DeviceState): (
-        "the source finished its pre-copy without a switchover to post-copy: start post-copy "
-        "(migrate-start-postcopy) while pages are still to come"
     ),
 }
 """What to do about the mistakes that an honest operator makes."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Message
-from postcopyd.wire.stream_reader import StreamReader
 
 _MESSAGES_A_LOOK = 4
 """Messages between two looks at the faults, within what one receive has brought."""
@@ -18,6 +18,29 @@ _ENTRY = 2048
 
 _RECEIVES_A_TURN = 4
 """Receives in one turn of the event loop; in between the faults are looked after."""
+
+
+class Reader(Protocol):
+    """What takes the bytes: `StreamReader` or `PreemptReader`, which tell how it is used."""
+
+    read_ahead_pages: int
+
+    @property
+    def position(self) -> int:
+        """How many bytes of the connection have been consumed."""
+
+    @property
+    def ended(self) -> bool:
+        """True once the source has said that nothing follows."""
+
+    def buffers(self) -> list[memoryview]:
+        """Return where the next bytes must be written."""
+
+    def received(self, count: int) -> Iterable[Message]:
+        """Take `count` bytes, written there; return the messages that they complete."""
+
+    def connection_lost(self) -> None:
+        """Say that no byte follows."""
 
 
 class StreamConnection:
@@ -31,7 +54,7 @@ class StreamConnection:
         self,
         loop: asyncio.AbstractEventLoop,
         connection: socket.socket,
-        reader: StreamReader,
+        reader: Reader,
         *,
         deliver: Callable[[Message], None],
         faults_first: Callable[[], None],
@@ -46,13 +69,7 @@ class StreamConnection:
             any more.
         :param fault_window: bytes that may queue in a TCP connection before a requested page.
         """
-        connection.setblocking(False)
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            # What the source has sent already is in front of whatever it is asked for now, so
-            # this buffer is the delay. It is set before the first byte: one that shrinks later
-            # drops what is on its way, which costs a retransmission timeout of 0.2 s.
-            size = _with_room(connection, fault_window)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        prepare(connection, fault_window)
         self._loop = loop
         self._socket = connection
         self._descriptor = connection.fileno()
@@ -87,6 +104,11 @@ class StreamConnection:
         if self._deliver_waiting() and not self._reading:
             self._loop.add_reader(self._descriptor, self._readable)
             self._reading = True
+
+    def receive_waiting(self) -> None:
+        """Receive what is there now, ahead of the event loop's turn."""
+        if self._reading:
+            self._readable()
 
     def _readable(self) -> None:
         try:
@@ -161,6 +183,21 @@ class StreamConnection:
         self.closed = True
         self._waiting = iter(())
         self._socket.close()
+
+
+def prepare(connection: socket.socket, fault_window: int) -> None:
+    """Set a connection up before its first byte: nothing waits, and little is in front of a fault.
+
+    :param fault_window: bytes that may queue in a TCP connection before a requested page.
+    """
+    connection.setblocking(False)
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What the source has sent already is in front of whatever it is asked for now, so this
+        # buffer is the delay. It is set before the first byte: one that shrinks later drops what
+        # is on its way, which costs a retransmission timeout of 0.2 s.
+        size = _with_room(connection, fault_window)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def _with_room(connection: socket.socket, window: int) -> int:

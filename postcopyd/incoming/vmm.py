@@ -6,6 +6,7 @@ the others; the engine never learns which one it talks to.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,41 @@ class GuestMemory:
     """True when the VMM registered its memory before the handoff, as Firecracker does."""
 
 
+@dataclass(frozen=True, slots=True)
+class FedBlock:
+    """A RAM block that is not watched: its pages are collected and come with the device state."""
+
+    name: str
+    length: int
+    """Bytes that the VMM has in use."""
+    maximum: int
+    """The longest that it can become: the source's length may be anything up to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedBlock:
+    """The content of a block that is not watched."""
+
+    name: str
+    length: int
+    """Bytes, as the source says."""
+    content: memoryview
+    """All of it, `length` bytes; valid until the load is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoad:
+    """What a VMM needs to become the guest."""
+
+    configuration: bytes
+    """Stream header and configuration, as they were received."""
+    device_state: bytes
+    """The device sections, one behind the other. In a pre-copy that converged only those bytes that
+    came with the first of them: the others follow."""
+    blocks: tuple[CollectedBlock, ...]
+    """One for each `FedBlock`."""
+
+
 class VmmFailure(Exception):
     """The VMM could not do what was asked; the text says why."""
 
@@ -47,12 +83,17 @@ class VmmFailure(Exception):
 class Vmm(Protocol):
     """A VMM whose memory is being filled. Every call but the awaited ones returns at once.
 
-    The awaited calls raise `VmmFailure` when the VMM refuses, breaks the protocol or goes away.
+    The awaited calls raise `VmmFailure` when the VMM refuses, breaks the protocol or goes away, but
+    for `complete` and `failed`, which do what they can.
     """
 
     @property
     def memory(self) -> GuestMemory:
         """The blocks and the userfaultfd, unchanged until `close`."""
+
+    @property
+    def fed_blocks(self) -> tuple[FedBlock, ...]:
+        """The blocks that it has beside those of `memory`."""
 
     @property
     def process_id(self) -> int:
@@ -61,6 +102,16 @@ class Vmm(Protocol):
     @property
     def description(self) -> str:
         """For logs and reports, such as ``pid 4711, uid 0``."""
+
+    @property
+    def thread_names(self) -> Mapping[int, str]:
+        """Thread id -> name, such as ``vcpu0``, of the threads whose waiting is told one by one."""
+
+    def check_machine(self, machine: str) -> None:
+        """Check that the VMM is a machine of the source's type.
+
+        :raise VmmFailure: if it is not.
+        """
 
     async def advise(self) -> None:
         """Inhibit the balloon, put memory locks aside and empty all blocks of private memory."""
@@ -71,13 +122,23 @@ class Vmm(Protocol):
     def listening(self) -> None:
         """Tell that faults are served from now on."""
 
-    async def run(self, device_state: bytes) -> None:
-        """Hand over the device state; return when the VMM has loaded it."""
+    async def run(self, load: DeviceLoad) -> None:
+        """Have the device state loaded; return when the VMM runs.
 
-    def complete(self) -> None:
+        A failure means that the guest has not run: another VMM may take its place.
+        """
+
+    async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:
+        """As `run`, for a pre-copy that ended without a switchover.
+
+        :param rest: what follows `load.device_state` in the stream, without an end: only the VMM
+            knows where it is.
+        """
+
+    async def complete(self) -> None:
         """Tell that all memory is there: balloon, huge pages and locks may come back."""
 
-    def failed(self, reason: str) -> None:
+    async def failed(self, reason: str) -> None:
         """Tell that the migration has ended without all memory."""
 
     async def gone(self) -> None:

@@ -32,7 +32,8 @@ class HostPageAssembly:
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self._memory = Mapping.anonymous(page_size)
-        self._view = self._memory.view
+        self.view = self._memory.view
+        """The page while it is assembled, and until the next one is begun."""
         self.address = self._memory.address
         """Where the assembled page lies in this process."""
         self._block = ""
@@ -66,13 +67,13 @@ class HostPageAssembly:
             )
         if payload is None:
             if not progress.zero:
-                self._view[within : within + length] = bytes(length)
+                self.view[within : within + length] = bytes(length)
         else:
             if progress.zero:
                 # The zeros so far were only counted: write them now that the page has content.
-                self._view[:within] = bytes(within)
+                self.view[:within] = bytes(within)
                 progress.zero = False
-            self._view[within : within + length] = payload
+            self.view[within : within + length] = payload
         progress.filled += length
         if progress.filled < self.page_size:
             return None

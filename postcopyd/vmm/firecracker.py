@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 
-from postcopyd.incoming.vmm import GuestMemory, VmmFailure
+from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
 from postcopyd.vmm.peer import Peer
 
 
@@ -42,6 +43,19 @@ class FirecrackerVmm:
         """For logs and reports, such as ``Firecracker, pid 4711, uid 0``."""
         return f"Firecracker, {self._peer}"
 
+    @property
+    def fed_blocks(self) -> tuple[FedBlock, ...]:
+        """None: all its memory is watched."""
+        return ()
+
+    @property
+    def thread_names(self) -> Mapping[int, str]:
+        """None are known."""
+        return {}
+
+    def check_machine(self, machine: str) -> None:
+        """Take any: it has restored its own devices."""
+
     async def advise(self) -> None:
         """Do nothing: its memory was mapped for the restore and is empty."""
 
@@ -51,21 +65,31 @@ class FirecrackerVmm:
     def listening(self) -> None:
         """Do nothing: it runs already, and waits at the first missing page."""
 
-    async def run(self, device_state: bytes) -> None:
+    async def run(self, load: DeviceLoad) -> None:
         """Return at once: it runs already.
 
         :raise VmmFailure: if there is a device state, which nobody would load.
         """
-        if device_state:
+        if load.device_state:
             raise VmmFailure(
                 "Firecracker restores its own device state, from its snapshot file: the "
-                f"{len(device_state)} bytes that the source sent cannot be loaded"
+                f"{len(load.device_state)} bytes that the source sent cannot be loaded"
             )
 
-    def complete(self) -> None:
+    async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:
+        """Refuse: there is a device state, which nobody would load.
+
+        :raise VmmFailure: always.
+        """
+        raise VmmFailure(
+            "Firecracker restores its own device state, from its snapshot file: the source must "
+            "send none, and switch over to post-copy"
+        )
+
+    async def complete(self) -> None:
         """Do nothing: it does not listen."""
 
-    def failed(self, reason: str) -> None:
+    async def failed(self, reason: str) -> None:
         """Do nothing: it does not listen."""
 
     async def gone(self) -> None:

@@ -243,7 +243,7 @@ class HandoffListener:
         except BaseException as error:
             # Whatever it is: nobody has taken the VMM over, so it is ours to close.
             reason = _reason(error)
-            vmm.failed(reason)
+            await vmm.failed(reason)
             vmm.close()
             if isinstance(error, asyncio.CancelledError):
                 raise

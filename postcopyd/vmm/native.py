@@ -6,9 +6,10 @@ import array
 import asyncio
 import os
 import socket
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 
-from postcopyd.incoming.vmm import GuestMemory, VmmFailure
+from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
 from postcopyd.kernel import memory_file
 from postcopyd.vmm.peer import Peer
 from postcopyd.wire import handoff as wire
@@ -68,6 +69,19 @@ class NativeVmm:
         """For logs and reports, such as ``pid 4711, uid 0``."""
         return str(self._peer)
 
+    @property
+    def fed_blocks(self) -> tuple[FedBlock, ...]:
+        """None: all memory that it hands over is watched."""
+        return ()
+
+    @property
+    def thread_names(self) -> Mapping[int, str]:
+        """None are known."""
+        return {}
+
+    def check_machine(self, machine: str) -> None:
+        """Take any: what the VMM makes of its device state is its own affair."""
+
     # -- what the VMM is told and asked -------------------------------------------------------
 
     def registered(self, name: str, listen: tuple[str, ...]) -> None:
@@ -97,7 +111,7 @@ class NativeVmm:
         """Tell that faults are served from now on."""
         self._send(wire.Listening())
 
-    async def run(self, device_state: bytes) -> None:
+    async def run(self, load: DeviceLoad) -> None:
         """Hand over the device state in a sealed memory file; return when it is loaded.
 
         Loading touches memory that has yet to come, so it may take as long as the migration.
@@ -107,6 +121,7 @@ class NativeVmm:
         """
         if self._loaded:
             return
+        device_state = load.device_state
         descriptor = memory_file.create("postcopyd-device-state", len(device_state))
         try:
             rest = memoryview(device_state)
@@ -118,14 +133,24 @@ class NativeVmm:
             os.close(descriptor)
         self._loaded = True
 
-    def complete(self) -> None:
+    async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:
+        """Refuse: without a package only a QEMU can tell where its device state ends.
+
+        :raise VmmFailure: always.
+        """
+        raise VmmFailure(
+            "the source finished its pre-copy without a switchover to post-copy: start post-copy "
+            "(migrate-start-postcopy) while pages are still to come"
+        )
+
+    async def complete(self) -> None:
         """Tell that all memory is there: balloon, huge pages and locks may come back."""
         if not self._ended:
             self._ended = True
             self._send(wire.AllowBalloon())
             self._send(wire.Complete())
 
-    def failed(self, reason: str) -> None:
+    async def failed(self, reason: str) -> None:
         """Tell that the handoff is refused, or the migration has ended without all memory."""
         if not self._ended and not self._closed:
             self._ended = True

@@ -148,6 +148,11 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
+class PreemptEnd:
+    """No page follows on the preempt channel."""
+
+
+@dataclass(frozen=True, slots=True)
 class PostcopyResume:
     """Recovery: the source has all bitmaps and waits for RESUME_ACK."""
 
@@ -203,6 +208,7 @@ Message: TypeAlias = (
     | SwitchoverStart
     | Discard
     | Package
+    | PreemptEnd
     | PostcopyResume
     | ReceivedBitmapRequest
     | EndOfStream

@@ -79,7 +79,7 @@ def run_postcopyd(programs: Path, directory: Path, case: Case, daemon: RunningDa
             raise RunFailed(f"{case.name}: the migration is {report['state']}: {report['failure']}")
         told = json.loads(_line(vmm))
     daemon.client.cancel("bench")  # it has ended: this forgets it
-    return _run(case, told, report["seconds_resident"], cpu)
+    return _run(case, told, report["window_seconds"], cpu)
 
 
 def _guest_words(case: Case) -> list[str]:

@@ -150,7 +150,7 @@ class Hosted:
         """Return when the migration is in that state."""
         await self.until(lambda: entry.state.value == state)
 
-    async def running(self, name: str) -> tuple[Vmm, Entry, Source]:
+    async def listening(self, name: str) -> tuple[Vmm, Entry, Source]:
         """A migration whose package has come: its VMM has its device state, but not loaded it."""
         vmm = await self.vmm(name)
         entry = self.registry.get(name)
@@ -161,7 +161,7 @@ class Hosted:
         await source.begin()
         await source.send_package()
         assert await loading == b""
-        await self.reach(entry, "running")
+        await self.reach(entry, "listening")
         return vmm, entry, source
 
     async def vmm(self, name: str, listen: str | None = None, path: Path | None = None) -> Vmm:

@@ -86,11 +86,11 @@ async def test_a_migration_is_created_shown_and_listed(api: Api, hosted: Hosted)
 
 
 async def test_a_report_shows_all_that_the_engine_tells(api: Api, hosted: Hosted) -> None:
-    vmm, entry, source = await hosted.running("vm0")
+    vmm, entry, source = await hosted.listening("vm0")
     assert entry.migration is not None
     shown = await api.ask("show", "vm0")
     assert set(shown) == set(entry.migration.report().__dataclass_fields__) | {"listen", "handoff"}
-    assert shown["state"] == "running"
+    assert shown["state"] == "listening"
     assert shown["blocks"][0]["length"] == LENGTH
     assert shown["counters"]["faults"] == 0
     source.close()
@@ -117,7 +117,7 @@ async def test_cancelling_then_forgetting(api: Api) -> None:
 
 
 async def test_after_the_package_cancelling_needs_force(api: Api, hosted: Hosted) -> None:
-    vmm, _, source = await hosted.running("vm0")
+    vmm, _, source = await hosted.listening("vm0")
     with pytest.raises(ControlError, match="cancelling loses the guest") as caught:
         await api.ask("cancel", "vm0")
     assert caught.value.code == "past-the-package"

@@ -216,7 +216,7 @@ async def test_a_handoff_socket_of_its_own_tells_which_migration(
 
 async def test_a_whole_migration_ends_and_leaves_its_report(hosted: Hosted) -> None:
     before = held()
-    vmm, entry, source = await hosted.running("vm0")
+    vmm, entry, source = await hosted.listening("vm0")
     vmm.destination.loaded()
     await source.finish()
     await asyncio.to_thread(vmm.destination.wait_for_completion, LIMIT)
@@ -231,7 +231,7 @@ async def test_a_whole_migration_ends_and_leaves_its_report(hosted: Hosted) -> N
 
 
 async def test_nothing_of_the_engine_is_kept_for_what_has_ended(hosted: Hosted) -> None:
-    vmm, entry, source = await hosted.running("vm0")
+    vmm, entry, source = await hosted.listening("vm0")
     assert entry.migration is not None
     migration = weakref.ref(entry.migration)
     await hosted.registry.remove("vm0", force=True)
@@ -247,6 +247,7 @@ async def test_a_second_source_is_refused_and_told_of(hosted: Hosted) -> None:
     entry = hosted.registry.create("vm0")
     first, second = Source(entry.listen[0]), Source(entry.listen[0])
     with configured("info", "json", stream=(log := StringIO())):
+        await second.begin()
         await closed(second.connection)
         events = [json.loads(line) for line in log.getvalue().splitlines()]
     assert [event["event"] for event in events] == [
@@ -298,10 +299,10 @@ async def test_removing_what_has_ended_forgets_it(hosted: Hosted) -> None:
 
 
 async def test_after_the_package_only_force_ends_it(hosted: Hosted) -> None:
-    vmm, entry, source = await hosted.running("vm0")
+    vmm, entry, source = await hosted.listening("vm0")
     with refused("past-the-package"):
         await hosted.registry.remove("vm0", force=False)
-    assert entry.state.value == "running"
+    assert entry.state.value == "listening"
     assert (await hosted.registry.remove("vm0", force=True)).state.value == "failed"
     source.close()
     await vmm.leave()
@@ -330,12 +331,12 @@ async def test_stopping_cancels_those_whose_source_can_go_on(hosted: Hosted) -> 
 
 
 async def test_stopping_waits_for_a_guest_that_lives_here(hosted: Hosted) -> None:
-    vmm, entry, source = await hosted.running("vm0")
+    vmm, entry, source = await hosted.listening("vm0")
     stopping = asyncio.create_task(hosted.registry.stop(wait=True))
     await asyncio.sleep(0)
     with refused("stopping"):
         hosted.registry.create("another")
-    assert not stopping.done() and entry.state.value == "running"
+    assert not stopping.done() and entry.state.value == "listening"
     vmm.destination.loaded()
     await source.finish()
     await asyncio.to_thread(vmm.destination.wait_for_completion, LIMIT)
@@ -347,7 +348,7 @@ async def test_stopping_waits_for_a_guest_that_lives_here(hosted: Hosted) -> Non
 
 
 async def test_stopping_without_waiting_gives_the_guest_up(hosted: Hosted) -> None:
-    vmm, entry, source = await hosted.running("vm0")
+    vmm, entry, source = await hosted.listening("vm0")
     async with asyncio.timeout(LIMIT):
         await hosted.registry.stop(wait=False)
     assert entry.view()["state"] == "failed"

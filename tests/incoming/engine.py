@@ -6,19 +6,22 @@ import asyncio
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from postcopyd.incoming import events
 from postcopyd.incoming.migration import IncomingMigration
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
-from postcopyd.incoming.vmm import GuestMemory, VmmFailure
+from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
 from postcopyd.wire import stream_writer
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.return_path import PageRequest, Pong, ReturnMessage, ReturnPathReader, Shut
 from tests.incoming.guest import LIMIT, PAGE, Guest
 
+MACHINE = "pc-q35-7.2"
+LAST_BYTES = b"the end of the device state"
 SECTION = 2
 DEVICE_STATE = stream_writer.device_section(7, "timer", b"\0" * 24)
 
@@ -32,13 +35,24 @@ def image(pages: int, page_size: int = PAGE, seed: int = 1) -> bytes:
     )
 
 
+T = TypeVar("T", bound=events.Event)
+
+
 class InProcessVmm:
     """A VMM of the engine's own process: what it was told is in `told`, in order."""
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
         self.told: list[str] = []
-        self.device_state: bytes | None = None
+        self.load: DeviceLoad | None = None
+        self.contents: dict[str, bytes] = {}
+        """Of the blocks that are not watched."""
+        self.rest = b""
+        self.machine = MACHINE
+        self.asked_to_load = asyncio.Event()
+        self.refuses_to_load = False
+        self.fed_blocks: tuple[FedBlock, ...] = ()
+        self.thread_names: dict[int, str] = {}
         self.process_id = os.getpid()
         self.description = "the test"
         self.may_load = asyncio.Event()
@@ -60,15 +74,30 @@ class InProcessVmm:
     def listening(self) -> None:
         self._say("listening")
 
-    async def run(self, device_state: bytes) -> None:
-        self._say("run")
-        self.device_state = device_state
-        await self.may_load.wait()
+    def check_machine(self, machine: str) -> None:
+        if machine != self.machine:
+            raise VmmFailure(f"it is no {machine}")
 
-    def complete(self) -> None:
+    async def run(self, load: DeviceLoad) -> None:
+        self._take(load)
+        self._say("run")
+        self.asked_to_load.set()
+        await self.may_load.wait()
+        if self.refuses_to_load:
+            raise VmmFailure("it was refused")
+
+    async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:
+        self._take(load)
+        self._say("run converged")
+        async for piece in rest:
+            self.rest += piece
+            if self.rest.endswith(LAST_BYTES):
+                return
+
+    async def complete(self) -> None:
         self._say("complete")
 
-    def failed(self, reason: str) -> None:
+    async def failed(self, reason: str) -> None:
         self._say("failed")
 
     async def gone(self) -> None:
@@ -76,6 +105,10 @@ class InProcessVmm:
 
     def close(self) -> None:
         self.closed = True
+
+    def _take(self, load: DeviceLoad) -> None:
+        self.load = load
+        self.contents = {block.name: bytes(block.content) for block in load.blocks}
 
     def _say(self, what: str) -> None:
         self.told.append(what)
@@ -97,6 +130,11 @@ class Source:
     def __post_init__(self) -> None:
         self._reader = ReturnPathReader(self.blocks)
 
+    def add_block(self, name: str, length: int) -> None:
+        """Have one more RAM block, on pages of the common size."""
+        self.blocks.append(BlockEntry(name, length, PAGE))
+        self._reader = ReturnPathReader(self.blocks)
+
     async def send(self, *parts: bytes) -> None:
         async with asyncio.timeout(LIMIT):
             await asyncio.get_running_loop().sock_sendall(self.connection, b"".join(parts))
@@ -106,7 +144,7 @@ class Source:
         for block in self.blocks:
             sizes |= block.page_size
         await self.send(
-            stream_writer.configuration("pc-q35-7.2"),
+            stream_writer.configuration(MACHINE),
             stream_writer.open_return_path(),
             stream_writer.ping(1),
             stream_writer.advise(sizes, PAGE),
@@ -223,6 +261,17 @@ class Engine:
     def attach_stream(self) -> None:
         self.migration.attach_stream(self._ours, "the test")
 
+    def use_no_stream(self) -> None:
+        """Leave it to the test to attach one."""
+        self._ours.close()
+
+    def connect_again(self) -> socket.socket:
+        """Connect once more, as a source does for its preempt channel; return the source's end."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.migration.attach_stream(ours, "the test again")
+        return theirs
+
     async def reach(self, state: State) -> None:
         """Return when the migration is in `state`."""
         async with asyncio.timeout(LIMIT):
@@ -230,6 +279,14 @@ class Engine:
                 assert not self.migration.state.ended, self.migration.failure
                 self._stepped.clear()
                 await self._stepped.wait()
+
+    async def told(self, kind: type[T]) -> T:
+        """Return the first event of that kind, of those that came and those to come."""
+        async with asyncio.timeout(LIMIT):
+            while not (found := [event for event in self.events if isinstance(event, kind)]):
+                self._stepped.clear()
+                await self._stepped.wait()
+        return found[0]
 
     async def finish(self) -> None:
         """Return when it has ended and let go of everything."""

@@ -6,6 +6,7 @@ under the lock would stop the thread that has to answer it.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import mmap
 import os
@@ -123,6 +124,20 @@ class Guest:
     def touch(self, page: int, length: int = PAGE) -> Touch:
         """Read the head of a page in a thread of its own."""
         return Touch(self.address + page * self.page_size, length)
+
+    def read(self, page: int) -> bytes:
+        """Read the head of a page in the calling thread, which must not be the event loop's."""
+        buffer = ctypes.create_string_buffer(PAGE)
+        _memcpy(ctypes.addressof(buffer), self.address + page * self.page_size, PAGE)
+        return buffer.raw
+
+    async def content(self) -> bytes:
+        """Read all memory, off the event loop: it may fault."""
+        return await asyncio.to_thread(
+            lambda: b"".join(
+                self.touch(page, self.page_size).result() for page in range(self.pages)
+            )
+        )
 
     def wait_for_event(self) -> None:
         """Return when an event can be read."""

@@ -45,6 +45,7 @@ class Bench:
             self.waiting,
             self.counters,
             self.latency,
+            None,
         )
         self.handler = FaultHandler(
             guest.userfaultfd,
@@ -54,10 +55,12 @@ class Bench:
             self.placer,
             self.waiting,
             self.counters,
+            blocktime=None,
             request=lambda pages: self.requests.extend((b.name, page) for b, page in pages),
             removed=lambda block, offset, length: self.removals.append((offset, length)),
             sees_removals=sees_removals,
         )
+        self.handler.keep_staged = False
 
     def read(self) -> None:
         self.guest.wait_for_event()

@@ -12,28 +12,21 @@ from postcopyd.incoming import events
 from postcopyd.incoming.states import State
 from postcopyd.wire.return_path import Pong, Shut
 from tests.incoming.engine import DEVICE_STATE, Engine, image
-from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
+from tests.incoming.guest import HUGE, LIMIT, PAGE
 
 MakeEngine = Callable[..., Engine]
-
-
-async def content_of(guest: Guest) -> bytes:
-    """Read all memory, off the loop: it may fault."""
-    return await asyncio.to_thread(
-        lambda: b"".join(guest.touch(page, guest.page_size).result() for page in range(guest.pages))
-    )
 
 
 def whole(engine: Engine) -> dict[str, list[tuple[int, int]]]:
     return {engine.guest.name: [(0, engine.guest.length)]}
 
 
-async def start(engine: Engine) -> None:
-    """Go as far as RUNNING, with nothing received."""
+async def start(engine: Engine, state: State = State.RUNNING) -> None:
+    """Go as far as `state`, with nothing received."""
     engine.attach()
     await engine.source.advise()
     await engine.source.switch_over(whole(engine))
-    await engine.reach(State.RUNNING)
+    await engine.reach(state)
 
 
 async def test_a_guest_runs_before_its_memory_and_every_fault_is_served(
@@ -55,7 +48,7 @@ async def test_a_guest_runs_before_its_memory_and_every_fault_is_served(
     engine.source.close()
     await engine.finish()
     assert engine.migration.state is State.END
-    assert await content_of(engine.guest) == content
+    assert await engine.guest.content() == content
     report = engine.migration.report()
     assert report.counters.faults == 1
     assert report.counters.requests == 1
@@ -73,7 +66,8 @@ async def test_the_vmm_is_told_each_step_in_order(make_engine: MakeEngine) -> No
     await engine.source.end()
     await engine.source.wait_for_shut()
     assert engine.vmm.told == ["advise", "discard", "listening", "run", "complete"]
-    assert engine.vmm.device_state == DEVICE_STATE
+    assert engine.vmm.load is not None
+    assert engine.vmm.load.device_state == DEVICE_STATE
     states = [event.new for event in engine.events if isinstance(event, events.StateChanged)]
     assert states == [
         State.ADVISE,
@@ -91,12 +85,12 @@ async def test_the_ping_of_the_package_is_answered_when_the_devices_are_loaded(
 ) -> None:
     engine = make_engine(pages=4)
     engine.vmm.may_load.clear()
-    await start(engine)
+    await start(engine, State.LISTENING)
     await engine.source.wait_for_pong(4)
     await engine.source.postcopy("pc.ram", image(4), range(0, 4 * PAGE, PAGE))
     await engine.source.end()
     assert Pong(3) not in engine.source.messages
-    assert engine.migration.state is State.RUNNING
+    assert engine.migration.state is State.LISTENING
     engine.vmm.may_load.set()
     await engine.source.wait_for_pong(3)
     assert await engine.source.wait_for_shut() == Shut(0)
@@ -128,7 +122,7 @@ async def test_precopy_pages_survive_the_switchover_unless_discarded(
     expected = bytearray(old)
     for offset in changed + stale_pages:
         expected[offset : offset + PAGE] = new[offset : offset + PAGE]
-    assert await content_of(engine.guest) == expected
+    assert await engine.guest.content() == expected
     assert engine.migration.report().counters.pages_precopy == 68
 
 
@@ -148,7 +142,7 @@ async def test_a_fault_on_a_staged_page_is_served_without_the_source(
     await engine.source.postcopy("pc.ram", content, [0])
     await engine.source.end()
     await engine.source.wait_for_shut()
-    assert await content_of(engine.guest) == content
+    assert await engine.guest.content() == content
     assert engine.migration.report().counters.requests == 0
 
 
@@ -173,7 +167,7 @@ async def test_huge_pages_are_assembled_and_placed_whole(
     await engine.source.postcopy("pc.ram", content, range(HUGE, 3 * HUGE, PAGE))
     await engine.source.end()
     await engine.source.wait_for_shut()
-    assert await content_of(engine.guest) == content
+    assert await engine.guest.content() == content
 
 
 async def test_pages_that_the_source_never_sends_are_zero(make_engine: MakeEngine) -> None:
@@ -187,7 +181,7 @@ async def test_pages_that_the_source_never_sends_are_zero(make_engine: MakeEngin
     await engine.source.end()
     await engine.source.wait_for_shut()
     assert await asyncio.to_thread(touch.result) == bytes(PAGE)
-    assert await content_of(engine.guest) == content[: 4 * PAGE] + bytes(4 * PAGE)
+    assert await engine.guest.content() == content[: 4 * PAGE] + bytes(4 * PAGE)
     assert engine.migration.report().never_sent == 4
 
 
@@ -199,7 +193,7 @@ async def test_a_page_that_comes_twice_is_placed_once(make_engine: MakeEngine) -
     await engine.source.postcopy("pc.ram", second, [PAGE, 6 * PAGE, 4 * PAGE])
     await engine.source.end()
     await engine.source.wait_for_shut()
-    assert await content_of(engine.guest) == first
+    assert await engine.guest.content() == first
     assert engine.migration.report().counters.pages_duplicate == 3
 
 
@@ -225,7 +219,7 @@ async def test_memory_that_the_vmm_gives_back_on_the_way_reads_as_zeros(
     await engine.source.postcopy("pc.ram", content, range(16 * PAGE, 64 * PAGE, PAGE))
     await engine.source.end()
     await engine.source.wait_for_shut()
-    assert await content_of(engine.guest) == (
+    assert await engine.guest.content() == (
         content[: 8 * PAGE] + bytes(16 * PAGE) + content[24 * PAGE :]
     )
     removals = [event for event in engine.events if isinstance(event, events.MemoryRemoved)]
@@ -252,7 +246,7 @@ async def test_a_balloon_that_never_rests_does_not_lose_a_page(make_engine: Make
     await inflating
     await engine.source.end()
     await engine.source.wait_for_shut()
-    assert (await content_of(engine.guest))[: 400 * PAGE] == content[: 400 * PAGE]
+    assert (await engine.guest.content())[: 400 * PAGE] == content[: 400 * PAGE]
 
 
 async def test_threads_that_fault_while_the_background_streams_see_only_right_bytes(
@@ -282,7 +276,7 @@ async def test_threads_that_fault_while_the_background_streams_see_only_right_by
     for page, touch in touches.items():
         result = await asyncio.to_thread(touch.result)
         assert result == content[page * PAGE : (page + 1) * PAGE]
-    assert await content_of(engine.guest) == content
+    assert await engine.guest.content() == content
     assert engine.migration.report().counters.pages_by_fault == 100
 
 

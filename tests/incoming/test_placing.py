@@ -43,7 +43,13 @@ class Bench:
         blocks = BlockTable([self.block])
         self.page_map = PageMap(blocks)
         self.placer = Placer(
-            guest.userfaultfd, blocks, self.page_map, self.waiting, self.counters, self.latency
+            guest.userfaultfd,
+            blocks,
+            self.page_map,
+            self.waiting,
+            self.counters,
+            self.latency,
+            None,
         )
         self._source = mmap.mmap(-1, guest.length)
         for page in range(guest.pages):
@@ -229,7 +235,7 @@ def test_esrch_a_process_that_has_exited_is_told_apart() -> None:
     block = RamBlock("pc.ram", 4 * PAGE, PAGE, int.from_bytes(data, "little"), 0)
     blocks = BlockTable([block])
     page_map = PageMap(blocks)
-    placer = Placer(userfaultfd, blocks, page_map, {}, Counters(), Histogram())
+    placer = Placer(userfaultfd, blocks, page_map, {}, Counters(), Histogram(), None)
     source = mmap.mmap(-1, 4 * PAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(source))
     with pytest.raises(VmmGone, match="the VMM has exited"):

@@ -46,6 +46,7 @@ def test_there_is_no_failure_without_the_guest_being_somewhere() -> None:
         State.NONE,
         State.ADVISE,
         State.DISCARD,
+        State.CONVERGED,
     }
 
 

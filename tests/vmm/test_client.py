@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopyd.incoming.vmm import DeviceLoad
 from postcopyd.kernel import memory_file, processes
 from postcopyd.vmm.native import NativeVmm
 from tests.vmm import client_process
@@ -31,7 +32,7 @@ async def serve(vmm: NativeVmm, device_state: bytes = b"state") -> PageSource:
     source = PageSource(vmm)
     source.listen()
     vmm.listening()
-    await vmm.run(device_state)
+    await vmm.run(DeviceLoad(b"", device_state, ()))
     return source
 
 
@@ -49,7 +50,7 @@ async def whole_migration(handoffs: Handoffs, child: Child) -> dict[str, object]
     assert wrong_pages == []
     source.place_everything()
     source.finish()
-    vmm.complete()
+    await vmm.complete()
     done = await child.said()
     assert done["completed"]
     assert done["balloon"] == (True, False)
@@ -133,7 +134,7 @@ async def test_memory_hangs_when_the_migration_fails_until_the_vmm_gives_it_up(
         source = await asyncio.wait_for(serve(vmm), LIMIT)
         source.stop()
         if how == "failed":
-            vmm.failed("the source has gone")
+            await vmm.failed("the source has gone")
         vmm.close()
         expected = "the source has gone" if how == "failed" else "closed the connection"
         assert expected in await child.said()

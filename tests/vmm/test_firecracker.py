@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from postcopyd.incoming.vmm import VmmFailure
+from postcopyd.incoming.vmm import DeviceLoad, VmmFailure
 from postcopyd.kernel import memory_file
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd
 from tests.support import GuestRead, wait_readable
@@ -96,10 +96,10 @@ async def test_a_whole_vmm_runs_on_memory_that_is_served(
         await vmm.advise()
         await vmm.discard()
         vmm.listening()
-        await vmm.run(b"")
+        await vmm.run(DeviceLoad(b"", b"", ()))
         assert await said(pipe) == []
         assert source.faults >= sum(LENGTHS) // PAGE
-        vmm.complete()
+        await vmm.complete()
         source.stop()
 
 
@@ -178,14 +178,14 @@ async def test_a_device_state_is_refused_because_nobody_would_load_it(
     stand_in.hand_over(handoffs.path).close()
     vmm = await handoffs.firecracker_vmm()
     with pytest.raises(VmmFailure, match="Firecracker restores its own device state"):
-        await vmm.run(b"state")
+        await vmm.run(DeviceLoad(b"", b"state", ()))
 
 
 async def test_closing_twice_closes_once(handoffs: Handoffs, stand_in: FirecrackerStandIn) -> None:
     before = open_descriptors()
     stand_in.hand_over(handoffs.path).close()
     vmm = await handoffs.firecracker_vmm()
-    vmm.failed("the source has gone")
+    await vmm.failed("the source has gone")
     vmm.close()
     vmm.close()
     assert vmm.memory.userfaultfd.closed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from postcopyd.incoming.vmm import VmmFailure
+from postcopyd.incoming.vmm import DeviceLoad, VmmFailure
 from postcopyd.vmm.handoff import HandoffRefused
 from postcopyd.vmm.native import NativeVmm
 from tests.vmm.handoffs import LIMIT, Handoffs, Offer, RawPeer, open_descriptors
@@ -35,11 +35,13 @@ async def pair(handoffs: Handoffs, offer: Offer) -> AsyncIterator[Pair]:
         yield Pair(vmm, peer)
 
 
+LOAD = DeviceLoad(b"", b"state", ())
+
 # Each thing that is asked: how, the event that the VMM sees, its answer.
 QUESTIONS: dict[str, tuple[Callable[[NativeVmm], Awaitable[None]], str]] = {
     "advise": (lambda vmm: vmm.advise(within=LIMIT), "advised"),
     "discard": (lambda vmm: vmm.discard(within=LIMIT), "discarded"),
-    "run": (lambda vmm: vmm.run(b"state"), "loaded"),
+    "run": (lambda vmm: vmm.run(LOAD), "loaded"),
 }
 
 
@@ -78,7 +80,7 @@ async def test_what_was_answered_is_not_asked_again(pair: Pair, question: str) -
 @pytest.mark.parametrize("size", [0, 1, 3 << 20])
 async def test_the_device_state_comes_in_a_sealed_memory_file(pair: Pair, size: int) -> None:
     device_state = os.urandom(size)
-    asking = asyncio.ensure_future(pair.vmm.run(device_state))
+    asking = asyncio.ensure_future(pair.vmm.run(DeviceLoad(b"", device_state, ())))
     assert await pair.peer.line() == {"event": "run", "length": size}
     (descriptor,) = pair.peer.descriptors
     assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & ALL_SEALS == ALL_SEALS
@@ -99,9 +101,9 @@ async def test_running_leaves_no_descriptor_open(pair: Pair) -> None:
 
 async def test_listening_and_completion_are_told(pair: Pair) -> None:
     pair.vmm.listening()
-    pair.vmm.complete()
-    pair.vmm.complete()
-    pair.vmm.failed("too late to fail")
+    await pair.vmm.complete()
+    await pair.vmm.complete()
+    await pair.vmm.failed("too late to fail")
     pair.vmm.close()
     lines = [await pair.peer.line() for _ in range(4)]
     assert lines == [
@@ -113,7 +115,7 @@ async def test_listening_and_completion_are_told(pair: Pair) -> None:
 
 
 async def test_a_failure_is_told_with_its_reason(pair: Pair) -> None:
-    pair.vmm.failed("the source has gone")
+    await pair.vmm.failed("the source has gone")
     pair.vmm.close()
     assert await pair.peer.line() == {"event": "failed", "reason": "the source has gone"}
     assert await pair.peer.line() is None
@@ -160,13 +162,13 @@ async def test_a_vmm_that_broke_the_protocol_is_told_why_it_failed(pair: Pair) -
     pair.peer.say("loaded")
     with pytest.raises(VmmFailure) as failure:
         await asyncio.wait_for(asking, LIMIT)
-    pair.vmm.failed(str(failure.value))
+    await pair.vmm.failed(str(failure.value))
     assert await pair.peer.line() == {"event": "failed", "reason": str(failure.value)}
 
 
 async def test_failing_after_closing_tells_nobody(pair: Pair) -> None:
     pair.vmm.close()
-    pair.vmm.failed("too late")
+    await pair.vmm.failed("too late")
     assert await pair.peer.line() is None
 
 
@@ -183,7 +185,7 @@ async def test_an_answer_given_twice_fails_the_next_question(pair: Pair) -> None
     pair.peer.send(b'{"event":"discarded"}\n' * 2)
     await asyncio.wait_for(asking, LIMIT)
     with pytest.raises(VmmFailure, match="said 'discarded' without being asked"):
-        await asyncio.wait_for(pair.vmm.run(b"state"), LIMIT)
+        await asyncio.wait_for(pair.vmm.run(LOAD), LIMIT)
 
 
 async def test_a_vmm_that_is_asked_early_is_told_first_that_it_is_registered(

@@ -1,0 +1,211 @@
+"""What is here of a VMM's memory: the page map, and the staging of every block."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+
+from postcopyd.incoming.assembling import contiguous
+from postcopyd.incoming.report import BlockReport
+from postcopyd.incoming.staging import BlockStage
+from postcopyd.incoming.vmm import GuestMemory, HandedBlock
+from postcopyd.ram.block import BlockTable, RamBlock
+from postcopyd.ram.page_map import PageMap
+from postcopyd.wire.errors import ProtocolError
+from postcopyd.wire.messages import Discard, Pages, ZeroPages
+
+
+class Holdings:
+    """The account of one VMM's memory, and what waits to be placed there."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        """Begin with nothing received.
+
+        :raise OSError: if there is no memory for map or staging.
+        :raise ValueError: if the blocks contradict each other.
+        """
+        self.blocks = _table(memory.blocks)
+        self.page_map = PageMap(self.blocks)
+        self.stages: list[BlockStage] = []
+        """By the index of their block."""
+        self._closed = False
+        try:
+            for block, handed in zip(self.blocks, memory.blocks, strict=True):
+                self.stages.append(BlockStage(block, handed, self.page_map[block.index]))
+        except BaseException:
+            self.close()
+            raise
+
+    def block_of(self, name: str) -> RamBlock:
+        """Return the block that the source calls so.
+
+        :raise ProtocolError: if there is none.
+        """
+        block = self.blocks.by_name(name)
+        if block is None:
+            raise ProtocolError(f"block {name!r} is not one of the VMM's", None)
+        return block
+
+    def empty(self) -> None:
+        """Make all shared memory truly empty; the VMM empties its private memory itself.
+
+        :raise OSError: if a memory file does not let itself be emptied.
+        """
+        for stage in self.stages:
+            stage.empty()
+
+    def stage(self, block: RamBlock, message: Pages | ZeroPages, target_page_size: int) -> None:
+        """Keep pages; of one that comes twice the last counts.
+
+        :raise OSError: if there is no memory for them.
+        """
+        stage = self.stages[block.index]
+        offsets = message.offsets
+        in_one_piece = contiguous(message, target_page_size)
+        if isinstance(message, Pages):
+            if in_one_piece:
+                stage.write(offsets[0], message.data)
+            else:
+                for place, offset in enumerate(offsets):
+                    stage.write(offset, message.payload(place))
+        elif in_one_piece:
+            stage.write_zeros(offsets[0], len(offsets) * target_page_size)
+        else:
+            for offset in offsets:
+                stage.write_zeros(offset, target_page_size)
+
+    def keep(self, block: RamBlock, start: int, length: int, address: int) -> None:
+        """Keep host pages that could not be placed, unless they are here.
+
+        :param address: of their content in this process; 0 for zeros.
+        :raise OSError: if there is no memory for them.
+        """
+        received = self.page_map[block.index].received
+        stage = self.stages[block.index]
+        size = block.page_size
+        for offset in range(start, start + length, size):
+            if received[offset // size]:
+                continue
+            if address:
+                page = (ctypes.c_char * size).from_address(address + offset - start)
+                stage.write(offset, memoryview(page).cast("B"))
+            else:
+                stage.write_zeros(offset, size)
+
+    def discard(self, message: Discard) -> None:
+        """Forget what came for these ranges.
+
+        :raise ProtocolError: if a range is not whole host pages.
+        """
+        block = self.block_of(message.block)
+        size = block.page_size
+        for start, length in message.ranges:
+            if start % size or length % size:
+                raise ProtocolError(
+                    f"discard of {start:#x}+{length:#x} in block {block.name!r} is not whole "
+                    f"pages of {size:#x}",
+                    None,
+                )
+            self.stages[block.index].discard(start, length)
+
+    def all_came(self) -> None:
+        """Take what has not come for zeros: a source that ends in pre-copy has sent everything."""
+        for block in self.blocks:
+            maps = self.page_map[block.index]
+            received = maps.received[: block.pages]
+            maps.zero[: block.pages] |= ~received
+            maps.received[: block.pages] = 1
+
+    def missing_pages(self) -> int:
+        """Count the host pages that are not here."""
+        return sum(block.pages for block in self.blocks) - self.page_map.received_pages()
+
+    def outstanding_pages(self) -> int:
+        """Count the host pages that were asked for and are not here."""
+        return sum(
+            (maps.requested & ~maps.received).count()
+            for maps in (self.page_map[block.index] for block in self.blocks)
+        )
+
+    def check_fits(self, memory: GuestMemory) -> None:
+        """Check that another VMM has the same blocks.
+
+        :raise ValueError: naming the first difference.
+        """
+        theirs = {block.name: block for block in memory.blocks}
+        for block in self.blocks:
+            other = theirs.pop(block.name, None)
+            if other is None:
+                raise ValueError(f"it has no RAM block {block.name!r}")
+            if (other.length, other.page_size) != (block.length, block.page_size):
+                raise ValueError(
+                    f"its RAM block {block.name!r} has {other.length:#x} bytes in pages of "
+                    f"{other.page_size:#x}, not {block.length:#x} in pages of {block.page_size:#x}"
+                )
+        if theirs:
+            raise ValueError(f"it has a RAM block {next(iter(theirs))!r} more")
+
+    def move_to(self, memory: GuestMemory) -> None:
+        """Give what is here to the memory of another VMM, which fits and has not run.
+
+        Takes as long as copying does; may run in another thread, while nobody else is at it.
+
+        :raise OSError: if its memory cannot be written. Everything is as before then.
+        """
+        theirs = {block.name: block for block in memory.blocks}
+        handed = [theirs[block.name] for block in self.blocks]
+        blocks = _table(handed)
+        stages: list[BlockStage] = []
+        try:
+            for block, other, stage in zip(blocks, handed, self.stages, strict=True):
+                stages.append(self._moved(stage, block, other))
+        except BaseException:
+            _close(set(stages) - set(self.stages))
+            raise
+        _close(set(self.stages) - set(stages))
+        self.blocks, self.stages = blocks, stages
+
+    def _moved(self, stage: BlockStage, block: RamBlock, handed: HandedBlock) -> BlockStage:
+        if not stage.direct and handed.memory_file is None:
+            return stage
+        moved = BlockStage(block, handed, self.page_map[block.index])
+        try:
+            moved.take_over(stage)
+        except BaseException:
+            moved.close()
+            raise
+        return moved
+
+    def reports(self) -> list[BlockReport]:
+        """Tell of each block how much is here."""
+        return [
+            BlockReport(
+                name=block.name,
+                length=block.length,
+                page_size=block.page_size,
+                pages=block.pages,
+                received=0 if self._closed else self.page_map[block.index].received.count(),
+            )
+            for block in self.blocks
+        ]
+
+    def close(self) -> None:
+        """Release map and staging. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            _close(self.stages)
+            self.page_map.close()
+
+
+def _close(stages: Iterable[BlockStage]) -> None:
+    for stage in stages:
+        stage.close()
+
+
+def _table(blocks: Sequence[HandedBlock]) -> BlockTable:
+    return BlockTable(
+        [
+            RamBlock(block.name, block.length, block.page_size, block.address, index)
+            for index, block in enumerate(blocks)
+        ]
+    )

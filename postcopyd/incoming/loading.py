@@ -1,0 +1,103 @@
+"""From the device state to a VMM that runs: what it is given, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+from postcopyd.incoming.collecting import Collection
+from postcopyd.incoming.vmm import DeviceLoad, Vmm
+from postcopyd.wire.messages import BlockList, Configuration, Discard, Package, Pages, ZeroPages
+from postcopyd.wire.package import PackageContents, parse_package
+
+_AHEAD = 16
+"""Pieces of a device state without a package that may wait for the VMM, 64 KiB each at most."""
+
+
+class Loading:
+    """Keeps what a VMM needs to become the guest, for as many tries as it takes.
+
+    The device state comes as one package when the source switches over, or piece by piece
+    (`feed`) when its pre-copy has converged.
+    """
+
+    def __init__(self, configuration: Configuration, collection: Collection) -> None:
+        """Begin with the source's configuration; pages of unwatched blocks go to `collection`."""
+        self.configuration = configuration
+        self.collection = collection
+        self.package: Package | None = None
+        self._contents: PackageContents | None = None
+        self._collected = asyncio.Event()
+        self._pieces: asyncio.Queue[bytes] = asyncio.Queue(_AHEAD)
+
+    # -- what comes from the source ------------------------------------------------------------
+
+    def begin(self, message: BlockList) -> None:
+        """Take the lengths of the unwatched blocks.
+
+        :raise OSError: if there is no memory for them.
+        """
+        for entry in message.blocks:
+            if entry.name in self.collection:
+                self.collection.begin(entry.name, entry.length)
+
+    def take(self, message: Pages | ZeroPages | Discard) -> bool:
+        """Keep what is about an unwatched block, or forget it; False if it is about another."""
+        if message.block not in self.collection:
+            return False
+        if isinstance(message, Discard):
+            self.collection.discard(message)
+        else:
+            self.collection.take(message)
+            if self._contents is not None and self.collection.complete:
+                self._collected.set()
+        return True
+
+    def take_package(self, message: Package) -> None:
+        """Take the device package.
+
+        :raise ProtocolError: if it is malformed.
+        """
+        self._contents = parse_package(message.data)
+        self.package = message
+        if self.collection.complete:
+            self._collected.set()
+
+    def missing(self) -> Iterator[tuple[str, int]]:
+        """Iterate over pages that must come before the VMM can load: block, offset in bytes."""
+        return self.collection.missing()
+
+    def all_came(self) -> None:
+        """Say that no page follows: what has not come is zero at the source, too."""
+        self._collected.set()
+
+    async def feed(self, data: bytes) -> None:
+        """Take a piece of a device state that comes without a package."""
+        await self._pieces.put(data)
+
+    # -- what goes to the VMM ------------------------------------------------------------------
+
+    async def run(self, vmm: Vmm) -> tuple[int, ...]:
+        """Have the package loaded as soon as the unwatched blocks are here.
+
+        :return: the values of the PINGs that report it.
+        :raise VmmFailure: if the VMM does not load it; another one may.
+        """
+        await self._collected.wait()
+        assert self._contents is not None
+        await vmm.run(self._load(self._contents.device_state))
+        return self._contents.pings
+
+    async def run_converged(self, vmm: Vmm) -> None:
+        """Have the pieces loaded as they come.
+
+        :raise VmmFailure: if the VMM does not load them.
+        """
+        await vmm.run_converged(self._load(b""), self._rest())
+
+    def _load(self, device_state: bytes) -> DeviceLoad:
+        return DeviceLoad(self.configuration.raw, device_state, self.collection.contents())
+
+    async def _rest(self) -> AsyncIterator[bytes]:
+        while True:
+            yield await self._pieces.get()

@@ -1,0 +1,254 @@
+"""Another VMM takes the place of one that could not load its devices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from postcopyd.incoming import events
+from postcopyd.incoming.migration import Refused
+from postcopyd.incoming.states import State
+from postcopyd.incoming.vmm import FedBlock
+from postcopyd.wire.return_path import PageRequest, Pong, Shut
+from tests.incoming.engine import MACHINE, Engine, InProcessVmm, image
+from tests.incoming.guest import HUGE, PAGE, Guest
+
+MakeEngine = Callable[..., Engine]
+MakeGuest = Callable[..., Guest]
+
+KINDS = {
+    "private to private": (False, False),
+    "private to memory file": (False, True),
+    "memory file to private": (True, False),
+    "memory file to memory file": (True, True),
+}
+
+
+@pytest.fixture
+async def make_guest() -> AsyncIterator[MakeGuest]:
+    made: list[Guest] = []
+
+    def make(**options: object) -> Guest:
+        made.append(Guest(register=False, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for guest in made:
+        guest.close()
+
+
+async def refuse_to_load(engine: Engine) -> None:
+    """Have the first VMM refuse its device state."""
+    assert engine.migration.state is State.LISTENING
+    engine.vmm.refuses_to_load = True
+    engine.vmm.may_load.set()
+    await engine.reach(State.PAUSED)
+
+
+async def half_way(engine: Engine, content: bytes) -> None:
+    """A quarter comes in pre-copy, a quarter after the switchover; nothing is loaded yet."""
+    quarter = len(content) // 4
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 2 * quarter, PAGE))
+    await engine.source.switch_over({"pc.ram": [(quarter, 3 * quarter)]})
+    await engine.source.postcopy("pc.ram", content, range(quarter, 2 * quarter, PAGE))
+    await engine.source.wait_for_pong(4)
+    await engine.reach(State.LISTENING)
+
+
+@pytest.mark.parametrize(("first", "second"), KINDS.values(), ids=KINDS.keys())
+async def test_what_has_come_is_moved_over_and_the_rest_goes_to_the_new_one(
+    make_engine: MakeEngine, make_guest: MakeGuest, first: bool, second: bool
+) -> None:
+    engine = make_engine(pages=256, shared=first)
+    content = image(256)
+    await half_way(engine, content)
+    # The devices touch memory while they load: a page that is here, one that is not.
+    assert await asyncio.to_thread(engine.guest.touch(70).result) == content[70 * PAGE : 71 * PAGE]
+    touch = engine.guest.touch(200)
+    request = await engine.source.wait_for_request()
+    await engine.source.postcopy("pc.ram", content, [request.offset])
+    assert await asyncio.to_thread(touch.result) == content[200 * PAGE : 201 * PAGE]
+    await refuse_to_load(engine)
+    assert (await engine.told(events.VmmLost)).reason == "the VMM failed: it was refused"
+    assert engine.migration.report().waits_for_vmm
+    # What the source sends meanwhile is not lost.
+    await engine.source.postcopy("pc.ram", content, range(128 * PAGE, 192 * PAGE, PAGE))
+
+    vmm = InProcessVmm(make_guest(pages=256, shared=second))
+    engine.migration.attach_vmm(vmm)
+    await engine.reach(State.RUNNING)
+    assert vmm.told == ["advise", "discard", "listening", "run"]
+    assert engine.vmm.told[-1] == "failed" and engine.vmm.closed
+    assert vmm.load == engine.vmm.load
+    for page in (0, 70, 200, 150):
+        touched = await asyncio.to_thread(vmm.guest.touch(page).result)
+        assert touched == content[page * PAGE : (page + 1) * PAGE], page
+    rest = [page * PAGE for page in range(192, 256) if page != 200]
+    await engine.source.postcopy("pc.ram", content, rest)
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert Pong(3) in engine.source.messages
+    assert await vmm.guest.content() == content
+    assert engine.migration.failure is None
+
+
+@pytest.mark.parametrize(("first", "second"), KINDS.values(), ids=KINDS.keys())
+async def test_huge_pages_are_moved_over_whole(
+    make_engine: MakeEngine,
+    make_guest: MakeGuest,
+    huge_pages: Callable[[int], None],
+    first: bool,
+    second: bool,
+) -> None:
+    huge_pages(10)
+    engine = make_engine(pages=4, page_size=HUGE, shared=first)
+    content = bytearray(image(4, HUGE))
+    content[2 * HUGE : 3 * HUGE] = bytes(HUGE)
+    await half_way(engine, bytes(content))
+    await engine.source.postcopy("pc.ram", content, range(2 * HUGE, 3 * HUGE, PAGE))
+    # The last one is in the middle of its records when the first VMM fails.
+    await engine.source.postcopy("pc.ram", content, range(3 * HUGE, 3 * HUGE + HUGE // 2, PAGE))
+    touched = await asyncio.to_thread(engine.guest.touch(1).result)
+    assert touched == content[HUGE : HUGE + PAGE]
+    await refuse_to_load(engine)
+    vmm = InProcessVmm(make_guest(pages=4, page_size=HUGE, shared=second))
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", content, range(3 * HUGE + HUGE // 2, 4 * HUGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
+async def test_a_vmm_that_has_gone_before_it_ran_is_replaced_too(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    await half_way(engine, content)
+    engine.vmm.dead.set()
+    await engine.reach(State.PAUSED)
+    assert engine.migration.failure == "the VMM has gone (the test)"
+    vmm = InProcessVmm(make_guest(pages=16))
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", content, range(8 * PAGE, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
+async def test_it_may_take_several_tries(make_engine: MakeEngine, make_guest: MakeGuest) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    await half_way(engine, content)
+    await refuse_to_load(engine)
+    for _ in range(3):
+        vmm = InProcessVmm(make_guest(pages=16))
+        vmm.refuses_to_load = True
+        engine.migration.attach_vmm(vmm)
+        await engine.reach(State.LISTENING)
+        await engine.reach(State.PAUSED)
+    vmm = InProcessVmm(make_guest(pages=16))
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", content, range(8 * PAGE, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
+async def test_a_page_that_was_asked_for_is_not_asked_again(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    """The source answers each page once: the answer to the first VMM's fault is for the second."""
+    engine = make_engine(pages=16)
+    content = image(16)
+    await half_way(engine, content)
+    first_touch = engine.guest.touch(12)
+    await engine.source.wait_for_request()
+    await refuse_to_load(engine)
+    vmm = InProcessVmm(make_guest(pages=16))
+    engine.migration.attach_vmm(vmm)
+    await engine.reach(State.RUNNING)
+    touch = vmm.guest.touch(12)
+    await engine.source.postcopy("pc.ram", content, range(8 * PAGE, 16 * PAGE, PAGE))
+    assert await asyncio.to_thread(touch.result) == content[12 * PAGE : 13 * PAGE]
+    await engine.source.end()
+    await engine.source.wait_for_shut()
+    engine.guest.userfaultfd.zeropage(engine.guest.address, engine.guest.length)
+    await asyncio.to_thread(first_touch.result)
+    asked = [message for message in engine.source.messages if isinstance(message, PageRequest)]
+    assert asked == []
+
+
+async def test_unwatched_blocks_are_given_to_the_second_one_too(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    engine = make_engine(pages=16)
+    engine.vmm.fed_blocks = (FedBlock("pc.rom", PAGE, PAGE),)
+    engine.source.add_block("pc.rom", PAGE)
+    content, rom = image(16), image(1, seed=5)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, 16 * PAGE)], "pc.rom": [(0, PAGE)]})
+    request = await engine.source.wait_for_request()
+    assert (request.block, request.offset, request.length) == ("pc.rom", 0, PAGE)
+    assert "run" not in engine.vmm.told
+    await engine.source.postcopy("pc.rom", rom, [0])
+    await engine.vmm.asked_to_load.wait()
+    await refuse_to_load(engine)
+    vmm = InProcessVmm(make_guest(pages=16))
+    vmm.fed_blocks = engine.vmm.fed_blocks
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", content, range(0, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert engine.vmm.contents == vmm.contents == {"pc.rom": rom}
+
+
+OTHERS: dict[str, tuple[dict[str, object], str, str]] = {
+    "fewer pages": ({"pages": 8}, MACHINE, "has 0x8000 bytes in pages of 0x1000, not 0x10000"),
+    "another name": ({"pages": 16, "name": "ram"}, MACHINE, "it has no RAM block 'pc.ram'"),
+    "another machine": ({"pages": 16}, "pc-i440fx-7.2", f"it is no {MACHINE}"),
+}
+
+
+@pytest.mark.parametrize(("options", "machine", "reason"), OTHERS.values(), ids=OTHERS.keys())
+async def test_a_vmm_that_is_another_machine_is_refused_and_nothing_is_lost(
+    make_engine: MakeEngine,
+    make_guest: MakeGuest,
+    options: dict[str, object],
+    machine: str,
+    reason: str,
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    await half_way(engine, content)
+    await refuse_to_load(engine)
+    other = InProcessVmm(make_guest(**options))
+    other.machine = machine
+    with pytest.raises(Refused, match=f"the test cannot take the guest: .*{reason}"):
+        engine.migration.attach_vmm(other)
+    assert engine.migration.waits_for_vmm
+    vmm = InProcessVmm(make_guest(pages=16))
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", content, range(8 * PAGE, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
+async def test_once_it_has_run_no_other_can_take_its_place(make_engine: MakeEngine) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    await half_way(engine, content)
+    engine.vmm.may_load.set()
+    await engine.reach(State.RUNNING)
+    engine.vmm.dead.set()
+    await engine.finish()
+    assert engine.migration.state is State.FAILED
+    assert engine.migration.failure == "the VMM has gone (the test)"
