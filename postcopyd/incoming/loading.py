@@ -21,10 +21,11 @@ class Loading:
     (`feed`) when its pre-copy has converged.
     """
 
-    def __init__(self, configuration: Configuration, collection: Collection) -> None:
-        """Begin with the source's configuration; pages of unwatched blocks go to `collection`."""
+    def __init__(self, configuration: Configuration) -> None:
+        """Begin with the source's configuration."""
         self.configuration = configuration
-        self.collection = collection
+        self.collection = Collection(())
+        """The blocks that are not watched; to be set when the VMM is known."""
         self.package: Package | None = None
         self._contents: PackageContents | None = None
         self._collected = asyncio.Event()

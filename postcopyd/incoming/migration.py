@@ -1,8 +1,7 @@
 """One incoming migration: a stream on one side, a VMM on the other, the state machine between.
 
-The parts live in their own files: the source's connections (`source_link.py`), the memory
-(`filling.py`), what the VMM is given to become the guest (`loading.py`), the states (`states.py`).
-Here is what happens in which order.
+The parts live in their own files: the source's side (`source_link.py`), the VMM's side
+(`recipient.py`), the states (`states.py`). Here is what happens in which order.
 """
 
 from __future__ import annotations
@@ -16,13 +15,9 @@ from time import perf_counter
 from typing import Any
 
 from postcopyd.incoming import events, handshake
-from postcopyd.incoming.assembling import Assembler
-from postcopyd.incoming.blocktime import Blocktime
-from postcopyd.incoming.collecting import Collection
 from postcopyd.incoming.faults import UnexpectedEvent
-from postcopyd.incoming.filling import MemoryFilling
-from postcopyd.incoming.loading import Loading
 from postcopyd.incoming.placing import VmmGone
+from postcopyd.incoming.recipient import MAIN, PREEMPT, Recipient, Refused
 from postcopyd.incoming.report import Counters, Histogram, LatencyReport, Report
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.source_link import SourceLink
@@ -57,10 +52,6 @@ _READ_AHEAD_FAULTS = 16
 _AFTER_SWITCHOVER = (State.LISTENING, State.RUNNING)
 
 
-class Refused(Exception):
-    """The migration does not take what was offered, or does not do what was asked; says why."""
-
-
 class IncomingMigration:
     """One VMM's memory on its way in.
 
@@ -86,34 +77,29 @@ class IncomingMigration:
         self._trace = trace
         self._counters = Counters()
         self._latency = Histogram()
-        self._blocktime: Blocktime | None = None
-        self._vmm: Vmm | None = None
-        self._vmm_attached = asyncio.Event()
-        self._filling: MemoryFilling | None = None
-        self._assemblers: tuple[Assembler, Assembler] | None = None
-        self._collection = Collection(())
-        self._loading: Loading | None = None
+        self._recipient = Recipient(
+            self._counters,
+            self._latency,
+            request=self._request_pages,
+            removed=self._memory_removed,
+            caught_up=self._caught_up,
+            broken=self._filling_broken,
+        )
         self._link: SourceLink | None = None
         self.peer: str | None = None
         """Where the source is, None before one has connected."""
         self._preempt_peer: str | None = None
         self._return_path_open = False
         self._bytes_received = 0
-        self._target_page_size = 0
-        self._block_list: BlockList | None = None
-        self._discard_asked = False
-        self._loaded = False
         self._end_of_stream = False
         self._never_sent: int | None = None
         self._removed_before = False
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._copying: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._vmm_tasks: list[asyncio.Task[None]] = []
         self._finished = asyncio.Event()
         self._final_report: Report | None = None
         self._switchover_at: float | None = None
-        self._loaded_at: float | None = None
         self._resident_at: float | None = None
         self._cancels: list[tuple[str, bool, asyncio.Future[None]]] = []
         self._loop = asyncio.get_running_loop()
@@ -130,18 +116,18 @@ class IncomingMigration:
     @property
     def has_vmm(self) -> bool:
         """True while there is a VMM whose memory is filled."""
-        return self._vmm is not None
+        return self._recipient.vmm is not None
 
     @property
     def waits_for_vmm(self) -> bool:
         """True when everything is kept for another VMM, because one has not loaded its devices."""
-        return self._vmm is None and self.state is State.PAUSED
+        return self._recipient.vmm is None and self.state is State.PAUSED
 
     @property
     def package(self) -> bytes | None:
         """The device package as it was received, None before it has come."""
-        loading = self._loading
-        return loading.package.data if loading is not None and loading.package else None
+        package = self._recipient.loading.package if self._recipient.begun else None
+        return package.data if package is not None else None
 
     def attach_vmm(self, vmm: Vmm) -> None:
         """Fill the memory of `vmm`, which is taken over.
@@ -153,40 +139,19 @@ class IncomingMigration:
         """
         if self.state.ended:
             raise Refused(f"migration {self.name!r} has ended")
-        if self._vmm is not None:
-            raise Refused(f"migration {self.name!r} already has a VMM: {self._vmm.description}")
-        if self._filling is None:
-            self._set_up(vmm)
+        recipient = self._recipient
+        if recipient.vmm is not None:
+            raise Refused(f"migration {self.name!r} already has a VMM: {recipient.vmm.description}")
+        if self.waits_for_vmm:
+            recipient.attach_replacement(vmm)
+            self._spawn_for_vmm(self._replace())
         else:
-            self._check_replacement(vmm, self._filling)
-            self._spawn_for_vmm(self._replace(vmm, self._filling))
-        self._vmm = vmm
+            recipient.attach(vmm)
         blocks = vmm.memory.blocks
         self._trace(
             events.VmmAttached(vmm.description, len(blocks), sum(block.length for block in blocks))
         )
         self._spawn_for_vmm(self._watch_vmm(vmm))
-        self._vmm_attached.set()
-
-    def _set_up(self, vmm: Vmm) -> None:
-        blocktime = Blocktime(vmm.thread_names) if vmm.thread_names else None
-        try:
-            filling = MemoryFilling(
-                vmm.memory,
-                self._counters,
-                self._latency,
-                blocktime,
-                request=self._request_pages,
-                removed=self._memory_removed,
-                caught_up=self._caught_up,
-                broken=self._filling_broken,
-            )
-        except (OSError, ValueError) as error:
-            raise Refused(f"the memory of the VMM cannot be used: {error}") from error
-        self._blocktime = blocktime
-        self._filling = filling
-        self._assemblers = (filling.new_assembler(), filling.new_assembler())
-        self._collection = Collection(vmm.fed_blocks)
 
     def attach_stream(self, connection: socket.socket, peer: str) -> None:
         """Receive the migration from `connection`, which is taken over.
@@ -259,26 +224,29 @@ class IncomingMigration:
         :raise OSError: if there is no memory to keep it.
         """
         if self.state is State.RUNNING and type(message) is Pages:
-            self._place(message, 0)  # the hot path
+            self._place(message, MAIN)  # the hot path
             return
         assert self._link is not None
         check_message(self.state, message, self._link.main.reader.position)
         match message:
             case Pages() | ZeroPages():
-                self._take_pages(message, 0)
+                if self.state in _AFTER_SWITCHOVER:
+                    self._place(message, MAIN)
+                else:
+                    self._recipient.keep(message)
             case RamSectionEnd() | SwitchoverStart():
                 pass
             case Configuration():
-                self._loading = Loading(message, self._collection)
+                self._recipient.configure(message)
             case OpenReturnPath():
                 self._return_path_open = True
             case Ping():
                 self._pong(message.value)
             case Advise():
-                self._target_page_size = message.target_page_size
                 self._aside(self._prepare(message))
             case BlockList():
-                self._take_block_list(message)
+                self._recipient.take_block_list(message)
+                self._link.blocks_known(message.blocks)
             case Discard():
                 self._take_discard(message)
             case Package():
@@ -286,8 +254,7 @@ class IncomingMigration:
             case DeviceState():
                 self._converge()
             case Opaque():
-                assert self._loading is not None
-                self._aside(self._loading.feed(bytes(message.data)))
+                self._aside(self._recipient.loading.feed(bytes(message.data)))
             case EndOfStream():
                 self._take_end_of_stream()
             case _:
@@ -301,7 +268,7 @@ class IncomingMigration:
             )
         match message:
             case Pages() | ZeroPages():
-                self._take_pages(message, 1)
+                self._place(message, PREEMPT)
             case PreemptEnd():
                 pass
             case _:
@@ -309,24 +276,13 @@ class IncomingMigration:
         if self._end_of_stream:
             self._complete_if_all_is_here()
 
-    def _take_pages(self, message: Pages | ZeroPages, channel: int) -> None:
-        assert self._filling is not None and self._loading is not None
-        if not self._loaded and self._loading.take(message):
-            return
-        if self.state in _AFTER_SWITCHOVER:
-            self._place(message, channel)
-        else:
-            self._counters.pages_precopy += len(message)
-            holdings = self._filling.holdings
-            holdings.stage(holdings.block_of(message.block), message, self._target_page_size)
-
     def _place(self, message: Pages | ZeroPages, channel: int) -> None:
-        filling, link = self._filling, self._link
-        assert filling is not None and link is not None and self._assemblers is not None
-        if not filling.place(message, self._target_page_size, self._assemblers[channel]):
+        link = self._link
+        assert link is not None
+        if not self._recipient.place(message, channel):
             link.pause()
         link.main.reader.read_ahead_pages = (
-            _READ_AHEAD_FAULTS if filling.waiting else _READ_AHEAD_IDLE
+            _READ_AHEAD_FAULTS if self._recipient.waiting else _READ_AHEAD_IDLE
         )
 
     def _pong(self, value: int) -> None:
@@ -336,31 +292,16 @@ class IncomingMigration:
         self._link.send(self._link.writer.pong(value))
 
     async def _prepare(self, message: Advise) -> None:
-        """Wait for the VMM, agree on machine and page sizes, empty all memory."""
+        """Wait for the VMM and make it ready."""
         try:
             async with asyncio.timeout(self._settings.vmm_timeout):
-                await self._vmm_attached.wait()
+                await self._recipient.attached.wait()
         except TimeoutError:
             raise ProtocolError(
                 f"no VMM has handed over its memory within {self._settings.vmm_timeout:g} s", None
             ) from None
-        vmm, filling, loading = self._vmm, self._filling, self._loading
-        assert vmm is not None and filling is not None and loading is not None
-        loading.collection = self._collection
-        vmm.check_machine(loading.configuration.machine)
-        handshake.check_advise(
-            message, filling.holdings.blocks, self._collection, self._return_path_open
-        )
-        await vmm.advise()
-        await self._copy_aside(filling.holdings.empty)
+        await self._recipient.prepare(message, self._return_path_open)
         self._step(State.ADVISE)
-
-    def _take_block_list(self, message: BlockList) -> None:
-        assert self._filling is not None and self._loading is not None and self._link is not None
-        handshake.check_block_list(message, self._filling.holdings.blocks, self._collection)
-        self._loading.begin(message)
-        self._block_list = message
-        self._link.blocks_known(message.blocks, self._target_page_size)
 
     def _take_discard(self, message: Discard) -> None:
         if self.state is State.ADVISE:
@@ -368,28 +309,20 @@ class IncomingMigration:
             self._switchover_at = perf_counter()
             self._aside(self._first_discard(message))
         else:
-            self._discard(message)
+            self._recipient.discard(message)
 
     async def _first_discard(self, message: Discard) -> None:
-        assert self._vmm is not None
-        self._discard_asked = True
-        await self._vmm.discard()
+        await self._recipient.allow_discards()
         self._step(State.DISCARD)
-        self._discard(message)
-
-    def _discard(self, message: Discard) -> None:
-        assert self._filling is not None and self._loading is not None
-        if not self._loading.take(message):
-            self._filling.holdings.discard(message)
+        self._recipient.discard(message)
 
     def _require_block_list(self, before: str) -> None:
-        if self._block_list is None:
+        if not self._recipient.has_block_list:
             raise ProtocolError(f"{before} came before the list of RAM blocks", None)
 
     def _take_package(self, message: Package) -> None:
         self._require_block_list("the device package")
-        assert self._loading is not None
-        self._loading.take_package(message)
+        self._recipient.take_package(message)
         # From here on the source cannot take the guest back: every error is a pause.
         self._switchover_at = self._switchover_at or perf_counter()
         self._step(State.LISTENING)
@@ -397,41 +330,35 @@ class IncomingMigration:
         self._aside(self._listen())
 
     def _take_end_of_stream(self) -> None:
-        assert self._link is not None and self._assemblers is not None
-        assert self._loading is not None
-        if self._assemblers[0].unfinished:
+        assert self._link is not None
+        if self._recipient.in_a_host_page:
             raise ProtocolError("the stream ends in the middle of a host page", None)
         self._end_of_stream = True
         self._link.main.pause()
         if self._link.preempt is None:
-            self._loading.all_came()
+            self._recipient.loading.all_came()
         self._complete_if_all_is_here()
 
     # -- the VMM becomes the guest -------------------------------------------------------------
 
     async def _listen(self) -> None:
         """Serve faults from now on, and have the VMM load its devices while pages come."""
-        vmm = self._vmm
-        assert vmm is not None
-        if not self._discard_asked:
-            await vmm.discard()
-        if self._vmm is vmm:
+        vmm = self._recipient.vmm
+        await self._recipient.allow_discards()
+        if vmm is not None and self._recipient.vmm is vmm:
             self._begin_load()
 
     def _begin_load(self) -> None:
-        vmm, filling, loading = self._vmm, self._filling, self._loading
-        assert vmm is not None and filling is not None and loading is not None
-        filling.listen(self._loop)
-        vmm.listening()
-        if self._link is not None:
-            writer = self._link.writer
-            for name, offset in loading.missing():
-                self._link.send(writer.request_page(name, offset, HOST_PAGE_SIZE))
-        self._spawn_for_vmm(self._load(vmm, loading))
+        self._recipient.listen()
+        link = self._link
+        if link is not None:
+            for name, offset in self._recipient.loading.missing():
+                link.send(link.writer.request_page(name, offset, HOST_PAGE_SIZE))
+        self._spawn_for_vmm(self._load())
 
-    async def _load(self, vmm: Vmm, loading: Loading) -> None:
-        pings = await loading.run(vmm)
-        self._vmm_runs()
+    async def _load(self) -> None:
+        pings = await self._recipient.load()
+        self._tell_that_it_runs()
         if self.state is State.LISTENING:
             self._step(State.RUNNING)
         for value in pings:
@@ -440,57 +367,29 @@ class IncomingMigration:
                 self._link.send(self._link.writer.pong(value))
         self._complete_if_all_is_here()
 
-    def _vmm_runs(self) -> None:
-        assert self._filling is not None and self._switchover_at is not None
-        self._loaded = True
-        self._loaded_at = perf_counter()
-        self._trace(events.DeviceStateLoaded(self._loaded_at - self._switchover_at))
-        self._filling.guest_runs()
-        self._collection.close()
+    def _tell_that_it_runs(self) -> None:
+        seconds = _between(self._switchover_at, self._recipient.loaded_at)
+        self._trace(events.DeviceStateLoaded(seconds or 0.0))
 
     def _converge(self) -> None:
         """Go on with a pre-copy that ends without a switchover: everything has come."""
         self._require_block_list("the device state")
-        vmm, filling, loading = self._vmm, self._filling, self._loading
-        assert vmm is not None and filling is not None and loading is not None
         self._switchover_at = perf_counter()
         self._step(State.CONVERGED)
         self._trace(events.Converged())
-        filling.holdings.all_came()
-        filling.listen(self._loop)
-        vmm.listening()
-        self._spawn_for_vmm(self._load_converged(vmm, loading))
+        self._recipient.converge()
+        self._spawn_for_vmm(self._load_converged())
 
-    async def _load_converged(self, vmm: Vmm, loading: Loading) -> None:
-        await loading.run_converged(vmm)
-        self._vmm_runs()
+    async def _load_converged(self) -> None:
+        await self._recipient.load_converged()
+        self._tell_that_it_runs()
         self._complete_if_all_is_here()
 
     # -- another VMM in the place of one that has not loaded --------------------------------------
 
-    def _check_replacement(self, vmm: Vmm, filling: MemoryFilling) -> None:
-        """Check that another VMM is the machine that everything that is here is for.
-
-        :raise Refused: naming what differs.
-        """
-        loading = self._loading
-        assert loading is not None and self._block_list is not None
-        try:
-            filling.holdings.check_fits(vmm.memory)
-            vmm.check_machine(loading.configuration.machine)
-            handshake.check_block_list(
-                self._block_list, filling.holdings.blocks, Collection(vmm.fed_blocks)
-            )
-        except (ValueError, VmmFailure, ProtocolError) as error:
-            raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
-
-    async def _replace(self, vmm: Vmm, filling: MemoryFilling) -> None:
-        """Move what is here to the memory of another VMM, and go on where the first one ended."""
-        await vmm.advise()
-        await vmm.discard()
-        await self._copy_aside(filling.move_to, vmm.memory)
-        if self._blocktime is not None:
-            self._blocktime.rename(vmm.thread_names)
+    async def _replace(self) -> None:
+        """Go on with another VMM where the one before has ended."""
+        await self._recipient.move()
         if self._link is not None:
             self._step(State.LISTENING)
             self.failure = None
@@ -499,19 +398,18 @@ class IncomingMigration:
 
     def _vmm_lost(self, reason: str) -> None:
         """Go on without the VMM, which has gone or does not load its devices."""
-        if self.state.ended or self._vmm is None:
+        recipient = self._recipient
+        if self.state.ended or recipient.vmm is None:
             return
-        if self.before_package or self._loaded:
+        if self.before_package or recipient.loaded_at is not None:
             self._end(reason)
             return
-        assert self._filling is not None
-        vmm, self._vmm = self._vmm, None
-        self._vmm_attached.clear()
         self._end_vmm_tasks()
         if self._link is not None:
             self._link.pause()
+        vmm = recipient.vmm
         try:
-            self._filling.let_go()
+            recipient.let_go()
         except OSError as error:
             reason += f"; pages that had just come are lost until they are asked again: {error}"
         self._spawn(self._dismiss(vmm, reason))
@@ -529,8 +427,7 @@ class IncomingMigration:
     # -- faults ------------------------------------------------------------------------------
 
     def _faults_first(self) -> None:
-        if self._filling is not None:
-            self._filling.read_faults()
+        self._recipient.read_faults()
 
     def _request_pages(self, pages: list[tuple[RamBlock, int]]) -> None:
         link = self._link
@@ -549,9 +446,6 @@ class IncomingMigration:
             self._trace(events.MemoryRemoved(block.name, offset, length))
 
     def _caught_up(self) -> None:
-        assert self._filling is not None
-        if self._filling.stalled:
-            return
         self._resume_stream()
         self._complete_if_all_is_here()
 
@@ -570,27 +464,23 @@ class IncomingMigration:
     # -- the end -----------------------------------------------------------------------------
 
     def _complete_if_all_is_here(self) -> None:
-        filling = self._filling
-        if not self._loaded or filling is None or filling.staged or filling.stalled:
+        recipient = self._recipient
+        if not recipient.may_be_done:
             return
         if self.state is not State.CONVERGED and (
             self.state is not State.RUNNING or not self._all_came()
         ):
             return
         try:
-            self._never_sent = filling.finish()
+            self._never_sent = recipient.filling.finish()
         except OSError as error:
             self._end(f"the memory of the VMM cannot be released: {error}")
             return
         self._resident_at = perf_counter()
         self._step(State.END)
-        assert self._switchover_at is not None
-        pages = sum(block.pages for block in filling.holdings.blocks)
-        self._trace(
-            events.Completed(
-                pages - self._never_sent, self._never_sent, self._resident_at - self._switchover_at
-            )
-        )
+        pages = sum(block.pages for block in recipient.filling.holdings.blocks)
+        seconds = _between(self._switchover_at, self._resident_at) or 0.0
+        self._trace(events.Completed(pages - self._never_sent, self._never_sent, seconds))
         self._final_report = self._make_report()
         self._end_vmm_tasks()
         self._spawn(self._say_goodbye())
@@ -601,14 +491,13 @@ class IncomingMigration:
         The end of the main stream says nothing of the preempt channel, whose end a QEMU 10.0 does
         not mark: there every page that was asked for has to be here (qemu-wire, 5.2).
         """
-        link, filling = self._link, self._filling
-        assert filling is not None
+        link = self._link
         if not self._end_of_stream or link is None:
             return False
         return (
             link.preempt is None
             or link.preempt.reader.ended
-            or not filling.holdings.outstanding_pages()
+            or not self._recipient.filling.holdings.outstanding_pages()
         )
 
     async def _say_goodbye(self) -> None:
@@ -616,8 +505,8 @@ class IncomingMigration:
         link = self._link
         if link is not None:
             link.send(link.writer.shut(0))
-        if self._vmm is not None:
-            await self._vmm.complete()
+        if self._recipient.vmm is not None:
+            await self._recipient.vmm.complete()
         if link is not None:
             await handshake.wait_for_close(
                 self._loop, link.connection, self._settings.close_timeout
@@ -711,13 +600,12 @@ class IncomingMigration:
             self._link.send(self._link.writer.shut(1))
         self._final_report = self._make_report()
         self._end_vmm_tasks()
-        if self._filling is not None:
-            self._filling.stop()
+        self._recipient.stop()
         self._drop_stream()
-        if self._vmm is None:
+        if self._recipient.vmm is None:
             self._release()
         else:
-            self._spawn(self._say_that_it_failed(self._vmm, reason))
+            self._spawn(self._say_that_it_failed(self._recipient.vmm, reason))
 
     async def _say_that_it_failed(self, vmm: Vmm, reason: str) -> None:
         await vmm.failed(reason)
@@ -735,22 +623,7 @@ class IncomingMigration:
         for _, _, done in self._cancels:
             done.set_result(None)
         self._cancels.clear()
-        if self._copying is not None and not self._copying.done():
-            # A thread is at work on the memory files: closing one under it would let it loose on
-            # whatever gets the descriptor's number next.
-            self._copying.add_done_callback(self._release_memory)
-        else:
-            self._release_memory()
-
-    def _release_memory(self, copied: asyncio.Future[None] | None = None) -> None:
-        if copied is not None and not copied.cancelled():
-            copied.exception()  # it has ended anyway: why does not matter any more
-        if self._filling is not None:
-            self._filling.close()
-        self._collection.close()
-        if self._vmm is not None:
-            self._vmm.close()
-        self._finished.set()
+        self._recipient.close(self._finished.set)
 
     # -- helpers -----------------------------------------------------------------------------
 
@@ -759,11 +632,6 @@ class IncomingMigration:
         check_step(old, new)
         self.state = new
         self._trace(events.StateChanged(old, new))
-
-    async def _copy_aside(self, work: Callable[..., None], *arguments: object) -> None:
-        """Have a thread do what takes long, at memory files that must stay open meanwhile."""
-        self._copying = self._loop.run_in_executor(None, work, *arguments)
-        await asyncio.shield(self._copying)
 
     def _aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Do `work` while the stream stands still, then go on with it."""
@@ -804,29 +672,28 @@ class IncomingMigration:
         self._vmm_tasks.clear()
 
     def _make_report(self) -> Report:
-        filling, link, loading = self._filling, self._link, self._loading
-        blocks = filling.holdings.reports() if filling else []
-        blocks += self._collection.reports()
+        recipient, link = self._recipient, self._link
+        blocks = recipient.blocks()
         package = self.package
         return Report(
             name=self.name,
             state=self.state.value,
             failure=self.failure,
-            vmm=self._vmm.description if self._vmm else None,
+            vmm=recipient.vmm.description if recipient.vmm else None,
             peer=self.peer,
-            machine=loading.configuration.machine if loading else None,
+            machine=recipient.loading.configuration.machine if recipient.begun else None,
             blocks=blocks,
             length=sum(block.length for block in blocks),
             received=sum(block.received * block.page_size for block in blocks),
             package_length=len(package) if package is not None else None,
             counters=replace(self._counters),
             bytes_received=self._bytes_received + (link.bytes_received if link else 0),
-            outstanding=len(filling.waiting) if filling else 0,
+            outstanding=recipient.waiting,
             never_sent=self._never_sent,
             fault_latency=LatencyReport.of(self._latency),
             preempt=self._preempt_peer,
-            threads=self._blocktime.reports() if self._blocktime else [],
-            downtime_seconds=_between(self._switchover_at, self._loaded_at),
+            threads=recipient.threads(),
+            downtime_seconds=_between(self._switchover_at, recipient.loaded_at),
             window_seconds=_between(self._switchover_at, self._resident_at),
             waits_for_vmm=self.waits_for_vmm,
         )

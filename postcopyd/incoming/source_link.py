@@ -15,6 +15,7 @@ from typing import Final
 from postcopyd.incoming.return_path import ReturnPath
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.stream import StreamConnection, prepare
+from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.wire.messages import BlockEntry, Message
 from postcopyd.wire.preempt_reader import FIRST_BYTE, PreemptReader
 from postcopyd.wire.return_path import ReturnPathWriter
@@ -74,7 +75,6 @@ class SourceLink:
         self.preempt: StreamConnection | None = None
         self._silent: dict[int, tuple[socket.socket, str]] = {}
         self._blocks: tuple[BlockEntry, ...] = ()
-        self._target_page_size = 0
         self._urgent = False
         self._closed = False
 
@@ -109,9 +109,9 @@ class SourceLink:
         self._silent[descriptor] = (connection, peer)
         self._loop.add_reader(descriptor, self._look, descriptor)
 
-    def blocks_known(self, blocks: tuple[BlockEntry, ...], target_page_size: int) -> None:
+    def blocks_known(self, blocks: tuple[BlockEntry, ...]) -> None:
         """Say what a preempt channel may bring. One that speaks before waits for this."""
-        self._blocks, self._target_page_size = blocks, target_page_size
+        self._blocks = blocks
         for descriptor in self._silent:
             self._loop.add_reader(descriptor, self._look, descriptor)
 
@@ -143,7 +143,7 @@ class SourceLink:
         self.preempt = StreamConnection(
             self._loop,
             connection,
-            PreemptReader(self._blocks, self._target_page_size),
+            PreemptReader(self._blocks, HOST_PAGE_SIZE),
             deliver=self._deliver_urgent,
             faults_first=self._faults_first,
             lost=self._preempt_lost,
