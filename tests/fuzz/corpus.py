@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from postcopyd.wire import stream_writer as writer
 from postcopyd.wire.return_path import ReturnPathWriter
+from postcopyd.wire.stream_format import EOS
 from tests.wire.streams import (
     BIG,
     CAPTURES,
@@ -60,6 +61,19 @@ def stream_seeds() -> Iterator[bytes]:
     yield bytes((9 | AT_THE_FIRST_PAGE,)) + guess + zeros + last
     for name in CAPTURES:
         yield b"\x09" + captured(name)
+
+
+def preempt_seeds() -> Iterator[bytes]:
+    """Give preempt channels with the byte in front that says how they are split."""
+    ram = writer.StreamWriter(0)
+    pages = b"".join(
+        header + page_content(place)
+        for place, header in enumerate(ram.page_headers(RAM.name, [0, 9 * PAGE, PAGE]))
+    )
+    records = ram.zero_pages(VGA.name, [0, PAGE]) + pages + ram.zero_page(RAM.name, 5 * PAGE)
+    for split in (0, 4, 7, 10):
+        yield bytes((split,)) + records + writer.page_word(0, EOS)
+        yield bytes((split,)) + records
 
 
 def return_path_seeds() -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the stream reader and the return path reader, with atheris.
+"""Coverage-guided fuzzing of the readers of stream, preempt channel and return path, with atheris.
 
     python -m tests.fuzz.fuzz_stream stream --seconds 60
     python -m tests.fuzz.fuzz_stream return-path --corpus DIRECTORY
@@ -21,12 +21,13 @@ import atheris
 
 with atheris.instrument_imports(include=["postcopyd.wire"]):
     from postcopyd.wire.errors import ProtocolError
+    from postcopyd.wire.preempt_reader import PreemptReader
     from postcopyd.wire.return_path import ReturnMessage, ReturnPathReader
     from postcopyd.wire.stream_reader import StreamReader
 
-from tests.fuzz.corpus import return_path_seeds, stream_seeds
+from tests.fuzz.corpus import preempt_seeds, return_path_seeds, stream_seeds
 from tests.wire.reference_parser import ReferenceParser
-from tests.wire.streams import BLOCKS, receive, until_pages
+from tests.wire.streams import BLOCKS, PAGE, receive, until_pages
 
 _LONGEST_INPUT = 22_000
 """Five pages: a few that are expected, a guess that is wrong, and something behind it."""
@@ -69,6 +70,20 @@ def _beyond_the_reference(stream: bytes, reference: ReferenceParser) -> bool:
     return subsection or stream[at : at + 3] == b"\x08\0\x03"
 
 
+def one_preempt_channel(data: bytes) -> None:
+    """Read one preempt channel: the first byte says how it is split.
+
+    :raise AssertionError: if the split makes a difference.
+    """
+    if not data:
+        return
+    size, said = _SIZES[data[0] % len(_SIZES)], data[1:]
+    split = receive(PreemptReader(BLOCKS, PAGE), said, [size] * min(len(said) // size, _RECEIVES))
+    whole = receive(PreemptReader(BLOCKS, PAGE), said)
+    assert split.events == whole.events
+    assert str(split.error) == str(whole.error)
+
+
 def one_return_path(data: bytes) -> None:
     """Read one return path: the first byte says how it is split.
 
@@ -94,6 +109,7 @@ def _messages(pieces: list[bytes]) -> tuple[list[ReturnMessage], str]:
 
 TARGETS = {
     "stream": (one_stream, stream_seeds),
+    "preempt": (one_preempt_channel, preempt_seeds),
     "return-path": (one_return_path, return_path_seeds),
 }
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from postcopyd.wire import stream_writer as writer
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import BlockEntry, Message, Opaque, Pages, ZeroPages
+from postcopyd.wire.preempt_reader import PreemptReader
 from postcopyd.wire.stream_reader import StreamReader
 
 PAGE = 4096
@@ -95,7 +96,7 @@ class Outcome:
     error: ProtocolError | None
 
 
-def put(reader: StreamReader, data: memoryview) -> int:
+def put(reader: StreamReader | PreemptReader, data: memoryview) -> int:
     """Write as much of `data` as the reader has room for, as recvmsg_into does."""
     rest = data
     for place in reader.buffers():
@@ -105,7 +106,9 @@ def put(reader: StreamReader, data: memoryview) -> int:
     return len(data) - len(rest)
 
 
-def receive(reader: StreamReader, data: bytes, sizes: Iterable[int] = ()) -> Outcome:
+def receive(
+    reader: StreamReader | PreemptReader, data: bytes, sizes: Iterable[int] = ()
+) -> Outcome:
     """Bring `data` to the reader, in receives of these sizes and then as large as they fit."""
     rest = memoryview(data)
     events: list[Event] = []

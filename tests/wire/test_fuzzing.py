@@ -61,7 +61,7 @@ def test_any_bytes_are_read_or_refused_with_the_protocol_error(
         assert outcome.error.position <= len(stream)
 
 
-@pytest.mark.parametrize("target", ["stream", "return-path"])
+@pytest.mark.parametrize("target", ["stream", "preempt", "return-path"])
 def test_a_short_coverage_guided_run_finds_nothing(target: str, tmp_path: Path) -> None:
     seconds = 4
     run = subprocess.run(
