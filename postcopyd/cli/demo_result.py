@@ -66,7 +66,8 @@ def show(result: DemoResult, console: Console) -> None:
     table = Table(show_header=False, title="A guest that ran before its memory")
     table.add_row("memory", f"{format_size(report['length'])} in {len(report['blocks'])} blocks")
     table.add_row("switchover", f"{report['downtime_seconds'] * 1e3:.1f} ms until it ran")
-    table.add_row("all memory here", f"{report['window_seconds'] * 1e3:.0f} ms after the switchover")
+    window = report["window_seconds"] * 1e3
+    table.add_row("all memory here", f"{window:.0f} ms after the switchover")
     table.add_row("throughput", f"{result.throughput / 1e6:.0f} MB/s")
     table.add_row("faults", f"{counters['faults']} ({counters['requests']} pages asked for)")
     table.add_row("fault latency", _quantiles(latency))
