@@ -13,7 +13,8 @@ from postcopyd.daemon import event_log
 from postcopyd.daemon.acceptor import Acceptor
 from postcopyd.daemon.sockets import address_of, remove_file_of
 from postcopyd.incoming.events import Event
-from postcopyd.incoming.migration import IncomingMigration, Refused
+from postcopyd.incoming.migration import IncomingMigration
+from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.report import Report
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from postcopyd.daemon import event_log, sockets
 from postcopyd.daemon.config import Configuration, check_name
 from postcopyd.daemon.entry import Entry
-from postcopyd.incoming.migration import Refused
+from postcopyd.incoming.recipient import Refused
 from postcopyd.vmm.firecracker import FirecrackerVmm
 from postcopyd.vmm.handoff import HandoffListener, HandoffRefused, OnVmm, Registration
 from postcopyd.vmm.native import NativeVmm

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from postcopyd.incoming import events
-from postcopyd.incoming.migration import Refused
+from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
 from postcopyd.kernel.userfaultfd import Operation, RegisterMode

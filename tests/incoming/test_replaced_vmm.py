@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from postcopyd.incoming import events
-from postcopyd.incoming.migration import Refused
+from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.states import State
 from postcopyd.incoming.vmm import FedBlock
 from postcopyd.wire.return_path import PageRequest, Pong, Shut
