@@ -10,9 +10,9 @@ RUN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/postcopyd
 
-# What the tests use beside Python: a real QEMU as the source (qemu-system-x86), its boot-sector
-# guest (binutils), the destination in C that the bench compares with (gcc, libc6-dev), and
-# systemd-analyze for the unit files (systemd).
+# What the tests use beside Python: a real QEMU (qemu-system-x86), its boot-sector guest (binutils),
+# the checker of its Linux guest and the destination in C that the bench compares with (gcc,
+# libc6-dev), and systemd-analyze for the unit files (systemd).
 DEBIAN_PACKAGES := qemu-system-x86 binutils gcc libc6-dev systemd
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,7 +22,7 @@ PIP_INSTALL := $(RUN)/python -m pip install -qq --editable
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench fuzz clean debian-packages
+.PHONY: help demo test lint format bench bench-vm fuzz clean debian-packages guests
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -30,7 +30,7 @@ help: ## List the targets
 demo: $(VENV)/installed ## Migrate a guest into a process on this machine and verify its memory
 	@$(RUN)/postcopyctl demo
 
-test: debian-packages $(VENV)/installed-dev lint ## Install what the tests need, lint, run all tests
+test: debian-packages guests lint ## Install what the tests need, lint, run all tests
 	$(RUN)/python -m pytest
 
 lint: $(VENV)/installed-dev ## Check style, formatting, types and the order of imports
@@ -46,9 +46,14 @@ format: $(VENV)/installed-dev ## Format the code and sort its imports
 bench: debian-packages $(VENV)/installed-dev ## Measure against a destination written in C (ARGS="--quick --json FILE")
 	@$(RUN)/python -m tests.bench $(ARGS)
 
+bench-vm: debian-packages guests ## Migrate a checked guest, by QEMU itself and by postcopyd (ARGS="--quick")
+	@$(RUN)/python -m tests.bench_vm $(ARGS)
+
 fuzz: $(VENV)/installed-dev ## Fuzz each reader of the wire for FUZZ_SECONDS (60)
 	$(RUN)/python -m tests.fuzz.fuzz_stream stream --seconds $(FUZZ_SECONDS) \
 		--corpus $(CACHE)/fuzz/stream
+	$(RUN)/python -m tests.fuzz.fuzz_stream preempt --seconds $(FUZZ_SECONDS) \
+		--corpus $(CACHE)/fuzz/preempt
 	$(RUN)/python -m tests.fuzz.fuzz_stream return-path --seconds $(FUZZ_SECONDS) \
 		--corpus $(CACHE)/fuzz/return-path
 
@@ -59,6 +64,10 @@ clean: ## Remove the virtual environment and what tools have left behind
 
 debian-packages:
 	@tests/install-debian $(DEBIAN_PACKAGES)
+
+# A newer QEMU beside Debian's own, and the kernel of its guest: below $(CACHE), nothing is installed.
+guests: debian-packages $(VENV)/installed-dev
+	@$(RUN)/python -m tests.interop.fetch
 
 $(VENV)/bin/python:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \

@@ -48,6 +48,16 @@ class ControlClient:
         wish = {"name": name, "listen": listen, "handoff": handoff}
         return self._ask("POST", "/v1/migrations", json.dumps(wish).encode())
 
+    def receive_qemu(self, qmp: str, listen: str = "", name: str = "") -> dict[str, Any]:
+        """Create a migration for the QEMU whose QMP socket is at `qmp`; the daemon adopts it."""
+        wish = {"qmp": qmp, "listen": listen, "name": name}
+        return self._ask("POST", "/v1/qemu", json.dumps(wish).encode())
+
+    def retry(self, name: str, qmp: str) -> dict[str, Any]:
+        """Have the QEMU whose QMP socket is at `qmp` take the place of one that did not load."""
+        wish = json.dumps({"qmp": qmp}).encode()
+        return self._ask("POST", _path_of(name) + "/retry", wish)
+
     def wait(self, name: str, timeout: float | None = None) -> dict[str, Any]:
         """Return the migration when it has ended, or as it stands after `timeout` seconds."""
         path = _path_of(name) + "/wait"

@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from postcopyd.cli.latencies import quantiles, show_histogram
 from postcopyd.cli.sizes import format_size
-
-_BAR = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +69,15 @@ def show(result: DemoResult, console: Console) -> None:
     table.add_row("all memory here", f"{window:.0f} ms after the switchover")
     table.add_row("throughput", f"{result.throughput / 1e6:.0f} MB/s")
     table.add_row("faults", f"{counters['faults']} ({counters['requests']} pages asked for)")
-    table.add_row("fault latency", _quantiles(latency))
+    table.add_row("fault latency", quantiles(latency))
     waits = guest["waits"]
-    table.add_row("the guest waited", f"{_quantiles(waits)} ({waits['count']} times)")
+    table.add_row("the guest waited", f"{quantiles(waits)} ({waits['count']} times)")
     table.add_row("pages by fault", str(counters["pages_by_fault"]))
     table.add_row("pages by background", str(counters["pages_by_background"]))
     table.add_row("pages checked", f"{guest['checked']}, wrong: {len(guest['wrong'])}")
     console.print(table)
     if latency["count"]:
-        _show_histogram(latency["buckets"], console)
+        show_histogram(latency["buckets"], console)
     if result.verified:
         console.print("[bold green]memory verified[/]: SHA-256 of every block agrees")
     else:
@@ -88,23 +87,3 @@ def show(result: DemoResult, console: Console) -> None:
         for name, digest in result.expected.items():
             if guest["sha256"].get(name) != digest:
                 console.print(f"  block {name} differs from the source's")
-
-
-def _quantiles(latency: dict[str, Any]) -> str:
-    return (
-        f"p50 {latency['p50']:.0f} us, p99 {latency['p99']:.0f} us, max {latency['maximum']:.0f} us"
-    )
-
-
-def _show_histogram(buckets: list[list[float]], console: Console) -> None:
-    """Draw the fault latencies, a row for each doubling."""
-    rows: dict[int, int] = {}
-    for edge, count in buckets:
-        doubling = max(0, int(edge - 1).bit_length())
-        rows[doubling] = rows.get(doubling, 0) + int(count)
-    highest = max(rows.values())
-    console.print("Fault latency, microseconds:")
-    for doubling in range(min(rows), max(rows) + 1):
-        count = rows.get(doubling, 0)
-        bar = "█" * -(-count * _BAR // highest)
-        console.print(f"  up to {1 << doubling:>8} {count:>7} [cyan]{bar}[/]", highlight=False)

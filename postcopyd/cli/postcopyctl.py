@@ -25,6 +25,8 @@ MODULES: Final = {
     "create": "postcopyd.cli.migrations",
     "wait": "postcopyd.cli.migrations",
     "cancel": "postcopyd.cli.migrations",
+    "receive-qemu": "postcopyd.cli.receive_qemu",
+    "retry": "postcopyd.cli.receive_qemu",
     "send": "postcopyd.cli.send",
     "demo": "postcopyd.cli.demo",
 }

@@ -4,8 +4,10 @@
 GET /v1/check                                 what this host can do, as the daemon sees it
 GET /v1/migrations                            {"migrations": [...]}
 POST /v1/migrations                           {"name", "listen"?, "handoff"?}: create one; 201
+POST /v1/qemu                                 {"qmp", "listen"?, "name"?}: one for a QEMU; 201
 GET /v1/migrations/NAME                       one migration
 DELETE /v1/migrations/NAME?force=1            cancel it, or forget it if it has ended
+POST /v1/migrations/NAME/retry                {"qmp"}: another QEMU takes the place of a VMM
 GET /v1/migrations/NAME/wait?timeout=SECONDS  the migration when it has ended or the time is up
 ============================================  ===================================================
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from typing import Annotated, Any, Final, TypeVar, cast
 
@@ -26,6 +28,7 @@ from aiohttp import web
 
 from postcopyd.daemon import host_check_process
 from postcopyd.daemon.acceptor import Acceptor
+from postcopyd.daemon.entry import Entry
 from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
 from postcopyd.daemon.logging import get_logger
 from postcopyd.daemon.registry import Registry, RegistryError
@@ -43,6 +46,8 @@ ERROR_STATUSES: Final[dict[str, HTTPStatus]] = {
     "no-such-migration": HTTPStatus.NOT_FOUND,
     "name-taken": HTTPStatus.CONFLICT,
     "past-the-package": HTTPStatus.CONFLICT,
+    "vmm-refused": HTTPStatus.CONFLICT,
+    "waits-for-no-vmm": HTTPStatus.CONFLICT,
     "address-unusable": HTTPStatus.CONFLICT,
     "too-many-migrations": HTTPStatus.CONFLICT,
     "out-of-resources": HTTPStatus.SERVICE_UNAVAILABLE,
@@ -59,6 +64,16 @@ class _CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     listen: str = ""
     handoff: str = ""
+
+
+class _QemuRequest(msgspec.Struct, forbid_unknown_fields=True):
+    qmp: str
+    listen: str = ""
+    name: str = ""
+
+
+class _RetryRequest(msgspec.Struct, forbid_unknown_fields=True):
+    qmp: str
 
 
 class _RemoveQuery(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,11 +96,14 @@ class ControlApi:
         self._allowed = allowed
         self._acceptor = Acceptor(listener, self._connected)
         self._connecting: set[asyncio.Task[None]] = set()
+        self._working: set[asyncio.Task[Entry]] = set()
         application = web.Application(middlewares=[self._guard], client_max_size=_BODY_LIMIT)
         application.router.add_get("/v1/check", self._check_host)
         application.router.add_get("/v1/migrations", self._list)
         application.router.add_post("/v1/migrations", self._create)
+        application.router.add_post("/v1/qemu", self._receive_qemu)
         application.router.add_get("/v1/migrations/{name}", self._show)
+        application.router.add_post("/v1/migrations/{name}/retry", self._retry)
         application.router.add_delete("/v1/migrations/{name}", self._remove)
         application.router.add_get("/v1/migrations/{name}/wait", self._wait)
         # Without cancellation the wait of a client that has gone would go on.
@@ -101,7 +119,7 @@ class ControlApi:
     async def close(self) -> None:
         """Serve no more and close the socket; answers under way have a second."""
         self._acceptor.close()
-        await asyncio.gather(*self._connecting)
+        await asyncio.gather(*self._connecting, *self._working, return_exceptions=True)
         await self._runner.cleanup()
 
     # -- connections -------------------------------------------------------------------------
@@ -167,6 +185,23 @@ class ControlApi:
         wish = msgspec.json.decode(await request.read(), type=_CreateRequest)
         entry = self._registry.create(wish.name, wish.listen, wish.handoff)
         return _json(entry.view(), HTTPStatus.CREATED)
+
+    async def _receive_qemu(self, request: web.Request) -> web.Response:
+        wish = msgspec.json.decode(await request.read(), type=_QemuRequest)
+        entry = await self._finish(self._registry.receive_qemu(wish.name, wish.listen, wish.qmp))
+        return _json(entry.view(), HTTPStatus.CREATED)
+
+    async def _retry(self, request: web.Request) -> web.Response:
+        wish = msgspec.json.decode(await request.read(), type=_RetryRequest)
+        entry = await self._finish(self._registry.retry(request.match_info["name"], wish.qmp))
+        return _json(entry.view())
+
+    async def _finish(self, work: Coroutine[Any, Any, Entry]) -> Entry:
+        """Carry out what must not stop half way because its client has gone."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        return await asyncio.shield(task)
 
     async def _show(self, request: web.Request) -> web.Response:
         return _json(self._registry.get(request.match_info["name"]).view())

@@ -91,8 +91,8 @@ def log_event(migration: str, event: events.Event) -> None:
         fields = {"old": event.old.value, "new": event.new.value}
     level = kind.level
     if isinstance(event, events.Failed):
-        level = "warning" if event.before_package else "error"
-        guest = "goes on at the source" if event.before_package else "lost"
+        level = "error" if event.guest_lost else "warning"
+        guest = "lost" if event.guest_lost else "goes on at the source"
         fields = {"reason": event.reason, "guest": guest}
     log = getattr(get_logger(), level)
     log(kind.text, migration=migration, message_id=kind.message_id, **fields)

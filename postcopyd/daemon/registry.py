@@ -9,16 +9,20 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from postcopyd.daemon import event_log, sockets
 from postcopyd.daemon.config import Configuration, check_name
 from postcopyd.daemon.entry import Entry
 from postcopyd.incoming.recipient import Refused
+from postcopyd.vmm.adoption import AdoptionRefused
 from postcopyd.vmm.firecracker import FirecrackerVmm
 from postcopyd.vmm.handoff import HandoffListener, HandoffRefused, OnVmm, Registration
 from postcopyd.vmm.native import NativeVmm
 from postcopyd.vmm.peer import AllowedPeers
+
+if TYPE_CHECKING:
+    from postcopyd.vmm.qemu import QemuVmm
 
 ErrorCode = Literal[
     "invalid-name",
@@ -29,6 +33,8 @@ ErrorCode = Literal[
     "address-unusable",
     "out-of-resources",
     "past-the-package",
+    "vmm-refused",
+    "waits-for-no-vmm",
     "stopping",
 ]
 
@@ -125,6 +131,67 @@ class Registry:
         entry.done.add_done_callback(lambda _: self._has_ended(entry))
         self._on_change()
         return entry
+
+    async def receive_qemu(self, name: str, listen: str, monitor: str) -> Entry:
+        """Adopt a QEMU that waits for a migration, and create the migration that fills it.
+
+        :param name: empty for one that is made of its process id.
+        :param listen: as `create`.
+        :param monitor: path of its QMP socket.
+        :raise RegistryError: vmm-refused, and those of `create`. The QEMU is as before then.
+        """
+        if name:
+            self._check_may_create(name)
+        vmm = await self._adopt(monitor)
+        try:
+            entry = self.create(name or f"qemu-{vmm.process_id}", listen)
+        except BaseException as error:
+            await self._give_back(vmm, str(error))
+            raise
+        await self._attach(entry, vmm)
+        return entry
+
+    async def retry(self, name: str, monitor: str) -> Entry:
+        """Have another QEMU take the place of a VMM that has not loaded its devices.
+
+        :param monitor: path of its QMP socket.
+        :raise RegistryError: no-such-migration, waits-for-no-vmm, vmm-refused. Everything that
+            is here is kept then.
+        """
+        entry = self.get(name)
+        if entry.migration is None or not entry.migration.waits_for_vmm:
+            raise RegistryError(
+                "waits-for-no-vmm",
+                f"migration {name!r} is in state {entry.state.value} and needs no other VMM",
+                f"postcopyctl show {name} tells how it stands",
+            )
+        await self._attach(entry, await self._adopt(monitor))
+        return entry
+
+    async def _adopt(self, monitor: str) -> QemuVmm:
+        # Imported here: most daemons never meet a QEMU, and it takes memory.
+        from postcopyd.vmm.qemu import adopt_qemu
+
+        try:
+            return await adopt_qemu(monitor)
+        except AdoptionRefused as error:
+            hint = "postcopyctl(1) tells what receive-qemu takes"
+            raise RegistryError("vmm-refused", str(error), hint) from error
+
+    async def _attach(self, entry: Entry, vmm: QemuVmm) -> None:
+        try:
+            if entry.migration is None:
+                raise Refused(f"migration {entry.name!r} has ended")
+            entry.migration.attach_vmm(vmm)
+        except Refused as error:
+            await self._give_back(vmm, str(error))
+            raise RegistryError("vmm-refused", str(error)) from error
+        self._on_change()
+
+    @staticmethod
+    async def _give_back(vmm: QemuVmm, reason: str) -> None:
+        await vmm.failed(reason)
+        vmm.close()
 
     async def remove(self, name: str, force: bool) -> Entry:
         """Cancel the migration, or forget it if it has ended; return it.

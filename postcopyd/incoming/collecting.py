@@ -98,5 +98,6 @@ class Collection:
         ]
 
     def close(self) -> None:
-        """Release the memory. Idempotent."""
-        self._collected.clear()
+        """Release the memory, and keep what `reports` tells. Idempotent."""
+        for block in self._collected.values():
+            block.view = memoryview(b"")

@@ -117,8 +117,8 @@ class Failed:
     """The migration has ended without all memory."""
 
     reason: str
-    before_package: bool
-    """True when the source still is the VM and goes on."""
+    guest_lost: bool
+    """False when the source still is the VM and goes on."""
 
 
 Event = (

@@ -79,12 +79,11 @@ class Loading:
     # -- what goes to the VMM ------------------------------------------------------------------
 
     async def run(self, vmm: Vmm) -> tuple[int, ...]:
-        """Have the package loaded as soon as the unwatched blocks are here.
+        """Have the package loaded, while what is missing of the unwatched blocks may still come.
 
         :return: the values of the PINGs that report it.
         :raise VmmFailure: if the VMM does not load it; another one may.
         """
-        await self._collected.wait()
         assert self._contents is not None
         await vmm.run(self._load(self._contents.device_state))
         return self._contents.pings
@@ -94,10 +93,12 @@ class Loading:
 
         :raise VmmFailure: if the VMM does not load them.
         """
+        self.all_came()
         await vmm.run_converged(self._load(b""), self._rest())
 
     def _load(self, device_state: bytes) -> DeviceLoad:
-        return DeviceLoad(self.configuration.raw, device_state, self.collection.contents())
+        blocks = self.collection.contents()
+        return DeviceLoad(self.configuration.raw, device_state, blocks, self._collected)
 
     async def _rest(self) -> AsyncIterator[bytes]:
         while True:

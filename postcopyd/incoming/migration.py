@@ -49,6 +49,9 @@ _READ_AHEAD_IDLE = 128
 _READ_AHEAD_FAULTS = 16
 """Pages that one receive may bring while no fault waits, and while one does."""
 
+_LAST_WORDS = 0.5
+"""Seconds in which a VMM that has exited may be seen to, by who knows more than that it has."""
+
 _AFTER_SWITCHOVER = (State.LISTENING, State.RUNNING)
 
 
@@ -93,6 +96,7 @@ class IncomingMigration:
         self._bytes_received = 0
         self._end_of_stream = False
         self._never_sent: int | None = None
+        self._guest_lost = False
         self._removed_before = False
         self._idle_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -418,6 +422,11 @@ class IncomingMigration:
             self._step(State.PAUSED)
         self._trace(events.VmmLost(reason))
 
+    async def _lose_vmm_soon(self, reason: str) -> None:
+        """Go on without the VMM, whose memory has gone; unless it says why first."""
+        await asyncio.sleep(_LAST_WORDS)
+        self._vmm_lost(reason)
+
     async def _dismiss(self, vmm: Vmm, reason: str) -> None:
         try:
             await vmm.failed(reason)
@@ -537,7 +546,7 @@ class IncomingMigration:
 
     def _filling_broken(self, error: Exception) -> None:
         if isinstance(error, VmmGone):
-            self._vmm_lost(str(error))
+            self._spawn_for_vmm(self._lose_vmm_soon(str(error)))
         elif isinstance(error, UnexpectedEvent | ProtocolError):
             self._error(str(error))
         else:
@@ -591,13 +600,14 @@ class IncomingMigration:
 
     def _end(self, reason: str) -> None:
         """End without all memory."""
-        before_package = self.before_package
+        before_package, link = self.before_package, self._link
+        self._guest_lost = not before_package or (link is not None and link.package_begun)
         self.failure = reason
         self._step(State.FAILED)
-        self._trace(events.Failed(reason, before_package))
-        if before_package and self._link is not None and self._return_path_open:
+        self._trace(events.Failed(reason, self._guest_lost))
+        if before_package and link is not None and self._return_path_open:
             # In pre-copy SHUT 1 lets the source fail at once and go on (qemu-wire, 5.2).
-            self._link.send(self._link.writer.shut(1))
+            link.send(link.writer.shut(1))
         self._final_report = self._make_report()
         self._end_vmm_tasks()
         self._recipient.stop()
@@ -695,6 +705,7 @@ class IncomingMigration:
             threads=recipient.threads(),
             downtime_seconds=_between(self._switchover_at, recipient.loaded_at),
             window_seconds=_between(self._switchover_at, self._resident_at),
+            guest_lost=self._guest_lost,
             waits_for_vmm=self.waits_for_vmm,
         )
 

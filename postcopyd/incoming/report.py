@@ -177,5 +177,7 @@ class Report:
     """From the source's first word of the switchover to the VMM's that it runs."""
     window_seconds: float | None = None
     """From the source's first word of the switchover to the last page."""
+    guest_lost: bool = False
+    """True when it has failed and its source could not take the guest back any more."""
     waits_for_vmm: bool = False
     """True when everything is kept for another VMM, because one has not loaded its devices."""

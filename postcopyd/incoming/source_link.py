@@ -62,10 +62,11 @@ class SourceLink:
         self._lost = lost
         self._preempt_attached = preempt_attached
         self._refused = refused
+        self._stream = StreamReader(StreamLimits(package=settings.package_limit))
         self.main = StreamConnection(
             loop,
             connection,
-            StreamReader(StreamLimits(package=settings.package_limit)),
+            self._stream,
             deliver=deliver,
             faults_first=self._urgent_first,
             lost=self._stop,
@@ -83,6 +84,11 @@ class SourceLink:
         """Of both channels."""
         urgent = self.preempt.bytes_received if self.preempt else 0
         return self.main.bytes_received + urgent
+
+    @property
+    def package_begun(self) -> bool:
+        """True once the source has begun to send its device package."""
+        return self._stream.package_begun
 
     @property
     def writer(self) -> ReturnPathWriter:

@@ -6,6 +6,7 @@ the others; the engine never learns which one it talks to.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -74,6 +75,8 @@ class DeviceLoad:
     came with the first of them: the others follow."""
     blocks: tuple[CollectedBlock, ...]
     """One for each `FedBlock`."""
+    collected: asyncio.Event
+    """Set when the content of these blocks is whole."""
 
 
 class VmmFailure(Exception):

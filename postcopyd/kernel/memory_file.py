@@ -15,6 +15,7 @@ ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _HUGETLBFS_MAGIC = 0x958458F6
+_TMPFS_MAGIC = 0x01021994
 
 
 def create(name: str, size: int, huge_page_size: int | None = None, sealable: bool = True) -> int:
@@ -102,9 +103,22 @@ def huge_page_size_of(descriptor: int) -> int | None:
 
     :raise OSError: if the descriptor is not open.
     """
+    kind, block_size = _file_system_of(descriptor)
+    return block_size if kind == _HUGETLBFS_MAGIC else None
+
+
+def is_shared_memory(descriptor: int) -> bool:
+    """Tell whether a file is memory of ordinary pages: on a tmpfs, or made by memfd_create(2).
+
+    :raise OSError: if the descriptor is not open.
+    """
+    return _file_system_of(descriptor)[0] == _TMPFS_MAGIC
+
+
+def _file_system_of(descriptor: int) -> tuple[int, int]:
+    """Return the kind of a file's file system and its block size, both of statfs(2)."""
     # struct statfs begins with f_type and f_bsize, both long, on every 64-bit machine.
     status = (ctypes.c_long * 32)()
     if libc.fstatfs(descriptor, ctypes.byref(status)) < 0:
         raise failure(f"asking for the file system of descriptor {descriptor}", last_errno())
-    kind, block_size = int(status[0]), int(status[1])
-    return block_size if kind == _HUGETLBFS_MAGIC else None
+    return int(status[0]), int(status[1])

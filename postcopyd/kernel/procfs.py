@@ -12,6 +12,8 @@ _LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>\S{4}) (?P<offset>[0-9a-f]+) "
     r"(?P<device>\S+) (?P<inode>\d+) *(?P<path>.*)"
 )
+_TABLE_SIZE = re.compile(r"^FDSize:\s+(\d+)$", re.MULTILINE)
+_INNER_IDS = re.compile(r"^NSpid:\s+(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,65 @@ def mappings(pid: int | None = None) -> Iterator[MappedRange]:
     with open(_directory(pid) / "maps", errors="surrogateescape") as maps:
         for line in maps:
             if match := _LINE.match(line):
-                yield MappedRange(
-                    int(match["start"], 16),
-                    int(match["end"], 16),
-                    match["permissions"],
-                    int(match["offset"], 16),
-                    match["device"],
-                    int(match["inode"]),
-                    match["path"],
-                )
+                yield _mapped_range(match)
+
+
+def mappings_with_flags(pid: int) -> Iterator[tuple[MappedRange, frozenset[str]]]:
+    """Iterate over what a process has mapped, by address, with the flags of each range.
+
+    The flags are those of VmFlags in /proc/PID/smaps (proc(5)), such as ``lo`` for locked memory
+    and ``hg`` for huge pages advised. Telling them walks the process's page tables: it takes time.
+
+    :raise FileNotFoundError: if it has exited.
+    :raise PermissionError: if we may not look at it.
+    """
+    mapped: MappedRange | None = None
+    with open(_directory(pid) / "smaps", errors="surrogateescape") as lines:
+        for line in lines:
+            if match := _LINE.match(line):
+                mapped = _mapped_range(match)
+            elif line.startswith("VmFlags:") and mapped is not None:
+                yield mapped, frozenset(line.split()[1:])
+
+
+def _mapped_range(match: re.Match[str]) -> MappedRange:
+    return MappedRange(
+        int(match["start"], 16),
+        int(match["end"], 16),
+        match["permissions"],
+        int(match["offset"], 16),
+        match["device"],
+        int(match["inode"]),
+        match["path"],
+    )
+
+
+def descriptor_table_size(pid: int) -> int:
+    """Return a number that is above those of all descriptors of a process.
+
+    Anybody may ask that; which ones it has open is for its own user to see.
+
+    :raise FileNotFoundError: if it has exited.
+    """
+    status = (_directory(pid) / "status").read_text(errors="surrogateescape")
+    match = _TABLE_SIZE.search(status)
+    return int(match[1]) if match else 0
+
+
+def threads_by_inner_id(pid: int) -> dict[int, int]:
+    """Return the threads of a process: as its own pid namespace numbers them -> as ours does.
+
+    :raise FileNotFoundError: if it has exited.
+    """
+    found = {}
+    for entry in list((_directory(pid) / "task").iterdir()):
+        try:
+            status = (entry / "status").read_text(errors="surrogateescape")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+        if match := _INNER_IDS.search(status):
+            found[int(match[1].split()[-1])] = int(entry.name)
+    return found
 
 
 def open_descriptors(pid: int | None = None) -> list[OpenDescriptor]:

@@ -29,6 +29,9 @@ _PROTOTYPES = {
     "munlock": (_INT, (_ADDRESS, _SIZE)),
     "munlockall": (_INT, ()),
     "munmap": (_INT, (_ADDRESS, _SIZE)),
+    "process_vm_readv": (ctypes.c_ssize_t, (_INT, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _SIZE)),
+    "process_vm_writev": (ctypes.c_ssize_t, (_INT, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _SIZE)),
+    "ptrace": (ctypes.c_long, (_INT, _INT, _ADDRESS, _ADDRESS)),
     "write": (ctypes.c_ssize_t, (_INT, _ADDRESS, _SIZE)),
 }
 for _name, (_result, _arguments) in _PROTOTYPES.items():

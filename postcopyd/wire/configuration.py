@@ -50,8 +50,8 @@ def _explain(magic: bytes) -> str:
         return "it begins with a command, as a resumed migration does, and none is paused here"
     if magic[0] == 0:
         return (
-            "it begins with a page record, as a preempt channel does; switch the capability "
-            "postcopy-preempt off at the source"
+            "it begins with a page record, as a preempt channel does; the main connection has to "
+            "come first"
         )
     return f"it begins with {magic.hex(' ')}"
 

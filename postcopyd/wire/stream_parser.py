@@ -84,6 +84,8 @@ class StreamParser:
         """Where messages go; whoever takes them away puts a new list here."""
         self.reading: str | None = None
         """What the stream is in the middle of; None between two messages."""
+        self.package_begun = False
+        """True once the source has begun to send its device package."""
         self.ended = False
         """True once the source has said that it has sent everything."""
         self.ram: RamReader | None = None
@@ -321,6 +323,7 @@ class StreamParser:
         return advise
 
     def _package(self, length: int, position: int) -> Generator[None, None, None]:
+        self.package_begun = True
         limit = self._limits.package
         if length > limit:
             raise ProtocolError(

@@ -75,6 +75,11 @@ class StreamReader:
         return self._buffer.position
 
     @property
+    def package_begun(self) -> bool:
+        """True once a device package has begun: its source cannot take the guest back."""
+        return self._parser.package_begun
+
+    @property
     def ended(self) -> bool:
         """True once the source has said that it has sent everything."""
         return self._parser.ended

@@ -120,8 +120,8 @@ SAMPLES: list[events.Event] = [
     events.VmmLost("the VMM failed"),
     events.Paused("the stream broke"),
     events.Completed(10, 2, 1.5),
-    events.Failed("no reason", before_package=True),
-    events.Failed("no reason", before_package=False),
+    events.Failed("no reason", guest_lost=False),
+    events.Failed("no reason", guest_lost=True),
 ]
 
 
@@ -138,8 +138,8 @@ def test_every_event_of_the_engine_has_an_identifier_of_its_own(journald: FakeJo
 
 
 def test_a_failure_says_what_becomes_of_the_guest(journald: FakeJournald) -> None:
-    event_log.log_event("vm0", events.Failed("no reason", before_package=True))
-    event_log.log_event("vm0", events.Failed("no reason", before_package=False))
+    event_log.log_event("vm0", events.Failed("no reason", guest_lost=False))
+    event_log.log_event("vm0", events.Failed("no reason", guest_lost=True))
     before, after = journald.entry(), journald.entry()
     assert (before["PRIORITY"], before["POSTCOPYD_GUEST"]) == ("4", "goes on at the source")
     assert (after["PRIORITY"], after["POSTCOPYD_GUEST"]) == ("3", "lost")

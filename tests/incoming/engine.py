@@ -79,6 +79,7 @@ class InProcessVmm:
             raise VmmFailure(f"it is no {machine}")
 
     async def run(self, load: DeviceLoad) -> None:
+        await load.collected.wait()
         self._take(load)
         self._say("run")
         self.asked_to_load.set()

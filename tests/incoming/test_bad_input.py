@@ -51,6 +51,8 @@ def command(number: int, payload: bytes = b"", length: int | None = None) -> byt
     return struct.pack(">BHH", 8, number, counted) + payload
 
 
+PACKAGED = command(7, length=4)
+
 BEFORE_THE_PACKAGE = {
     "a wrong magic": (b"GEVM" + CONFIGURATION[4:], "47 45 56 4d"),
     "a wrong version": (CONFIGURATION[:4] + struct.pack(">I", 2) + CONFIGURATION[8:], "version"),
@@ -153,7 +155,8 @@ async def test_a_bad_stream_fails_before_the_package_with_one_reason_that_names_
     assert len(engine.failures) == 1
     failure = engine.failures[0]
     assert isinstance(failure, events.Failed)
-    assert failure.before_package
+    # A source that has sent a package cannot take the guest back, whatever is in it.
+    assert failure.guest_lost == (PACKAGED in stream)
     assert engine.vmm.told[-1] == "failed"
     assert engine.vmm.closed
 

@@ -13,8 +13,14 @@ from __future__ import annotations
 
 import struct
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from tests.interop.qemu_machine import Accelerator, Machine
+
+if TYPE_CHECKING:
+    from tests.interop.qemu import Qemu
 
 MEMORY: Final = 64 << 20
 """Bytes of RAM that the machine has to have."""
@@ -49,6 +55,32 @@ _DIRECTORY_ENTRY: Final = struct.Struct(">IHH56s")
 """Of fw_cfg: size, key, reserved, name padded with NULs (QEMU's docs/specs/fw_cfg)."""
 
 
+@dataclass(frozen=True)
+class FirmwareGuest:
+    """The guest as QEMU runs it."""
+
+    firmware: Path
+
+    def arguments(self) -> list[str]:
+        """The words of QEMU's command line that boot it."""
+        return ["-bios", str(self.firmware)]
+
+    async def ready(self, qemu: Qemu) -> None:
+        """Return when it has gone over its memory twice."""
+        await self.goes_on(qemu)
+
+    async def goes_on(self, qemu: Qemu) -> None:
+        """Return when it has gone over its memory twice from now on."""
+        start = await _passes(qemu)
+        while await _passes(qemu) < start + 2:
+            pass
+
+
+def firmware_machine(firmware: Path, accelerator: Accelerator) -> Machine:
+    """The machine that the guest is written for."""
+    return Machine(FirmwareGuest(firmware), accelerator=accelerator, memory=MEMORY)
+
+
 def build_firmware(directory: Path) -> Path:
     """Assemble the guest and return the firmware image for QEMU's ``-bios``."""
     source = Path(__file__).parent / "guest" / "memory_writer.s"
@@ -63,7 +95,33 @@ def build_firmware(directory: Path) -> Path:
     return firmware
 
 
-def fw_cfg_files(ram: bytes) -> dict[str, bytes]:
+async def read_blocks(qemu: Qemu) -> dict[str, bytes]:
+    """The contents of every RAM block of the stopped machine, by name.
+
+    pc.ram, and pc.bios at the top of 4 GiB, are read where they are mapped. pc.rom cannot change
+    and is read from the copy that the guest has made; the blocks /rom@NAME are what the guest has
+    read as fw_cfg file NAME, with zeros after it.
+    """
+    lengths = await qemu.ram_blocks()
+    ram = await qemu.read_memory(0, MEMORY)
+    contents = {
+        "pc.ram": ram,
+        "pc.bios": await qemu.read_memory(FIRMWARE_ADDRESS, FIRMWARE_LENGTH),
+        "pc.rom": ram[ROM_COPY : ROM_COPY + ROM_LENGTH],
+    }
+    files = _fw_cfg_files(ram)
+    for name in lengths.keys() - contents.keys():
+        contents[name] = files[name.removeprefix("/rom@")].ljust(lengths[name], b"\0")
+    assert {name: len(data) for name, data in contents.items()} == lengths
+    return contents
+
+
+async def _passes(qemu: Qemu) -> int:
+    """How often the guest has gone over its memory."""
+    return int.from_bytes(await qemu.read_memory(PASSES, 4), "little")
+
+
+def _fw_cfg_files(ram: bytes) -> dict[str, bytes]:
     """The fw_cfg files that the guest has copied into its RAM, by name."""
     (count,) = struct.unpack_from(">I", ram, DIRECTORY)
     files: dict[str, bytes] = {}

@@ -1,29 +1,30 @@
-"""A real QEMU as the source of a migration: started, told what to do over QMP, and ended.
+"""A real QEMU as the source or as the destination: started, told what to do over QMP, and ended.
 
-Every wait has a deadline, and fails with what QEMU has printed.
+Every wait has a deadline, and fails with what QEMU and its guest have printed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
-from qemu.qmp import EventListener, QMPClient
+from qemu.qmp import EventListener, Message, QMPClient
 
-from tests.interop import guest_program
+from tests.interop import heartbeat, qemu_versions
+from tests.interop.heartbeat import Heartbeat, HeartbeatMonitor
+from tests.interop.linux_guest import DEBUG_CONSOLE
+from tests.interop.qemu_machine import Machine
 
-Accelerator = Literal["kvm", "tcg"]
 T = TypeVar("T")
 
-DEADLINE: Final = 20.0
+DEADLINE: Final = 30.0
 """Seconds for any one thing that QEMU is waited for."""
 
 PRECOPY_BANDWIDTH: Final = 128 << 20
@@ -31,34 +32,41 @@ PRECOPY_BANDWIDTH: Final = 128 << 20
 POSTCOPY_BANDWIDTH: Final = 64 << 20
 """Bytes a second; more than 20 MiB are missing at the switchover."""
 
-_KVM_CREATE_VM: Final = 0xAE01  # linux/kvm.h
+_EVENTS: Final = ("MIGRATION", "MIGRATION_PASS", "STOP", "RESUME", "SHUTDOWN")
 
 
 class QemuFailure(AssertionError):
     """QEMU did not do in time what was waited for."""
 
 
-def accelerators() -> list[Accelerator]:
-    """The accelerators that work on this machine: always TCG, and KVM where it makes a VM."""
-    try:
-        with open("/dev/kvm", "rb+", buffering=0) as kvm:
-            os.close(fcntl.ioctl(kvm, _KVM_CREATE_VM, 0))
-    except OSError:
-        return ["tcg"]
-    return ["kvm", "tcg"]
-
-
 @dataclass
 class Qemu:
-    """One running QEMU with the guest of guest_program.py."""
+    """One running QEMU."""
 
+    machine: Machine
     process: asyncio.subprocess.Process
+    name: str
     directory: Path
     qmp: QMPClient
-    events: EventListener
-    statuses: list[str] = field(default_factory=list)
-    """The states that the migration has had, oldest first."""
-    _passes: int = 0
+    heartbeat: HeartbeatMonitor
+    """What the checker of the Linux guest tells; nothing with the other guest."""
+    _events: EventListener
+    _past_events: list[Message] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self.process.pid
+
+    @property
+    def qmp_path(self) -> Path:
+        """A second monitor, which nobody here uses."""
+        return qmp_path(self.directory, self.name)
+
+    @property
+    def statuses(self) -> list[str]:
+        """The states that the migration has had, oldest first."""
+        return [_data(event)["status"] for event in self.events("MIGRATION")]
 
     async def execute(self, command: str, **arguments: object) -> Any:
         """Run a QMP command; its name and its arguments are written with dashes on the wire."""
@@ -68,70 +76,85 @@ class Qemu:
         )
 
     async def within_deadline(self, awaitable: Awaitable[T], what: str) -> T:
-        """Await, or fail with what QEMU has printed."""
+        """Await, or fail with what QEMU and its guest have printed."""
         try:
             return await asyncio.wait_for(awaitable, DEADLINE)
         except TimeoutError:
             raise QemuFailure(
-                f"not within {DEADLINE:.0f} s: {what}; migration states {self.statuses},"
-                f" pass {self._passes}; QEMU printed: {self.stderr() or 'nothing'}"
+                f"not within {DEADLINE:.0f} s: {what}; {self.name}'s migration states"
+                f" {self.statuses}; QEMU printed: {self.stderr() or 'nothing'}; the guest printed:"
+                f" {self.console()[-2000:] or 'nothing'}; its checker:"
+                f" {self.heartbeat.last_lines()}"
             ) from None
 
     def stderr(self) -> str:
         """What QEMU has printed so far."""
-        return (self.directory / "qemu.stderr").read_text()
+        return (self.directory / f"{self.name}.stderr").read_text()
+
+    def console(self) -> str:
+        """What the guest has printed on its serial port so far."""
+        file = self.directory / f"{self.name}.console"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def memory_file(self) -> Path:
+        """The file that the machine's memory is, where the backend is a memfd."""
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            if os.readlink(descriptor).startswith("/memfd:memory-backend-memfd"):
+                return descriptor
+        raise QemuFailure(f"{self.name} has no memory file: its backend is {self.machine.backend}")
+
+    async def kill(self) -> None:
+        """End it as if the host had ended it."""
+        self.process.kill()
+        await self.process.wait()
+
+    # The machine
+
+    async def status(self) -> str:
+        """Whether the machine runs, and if not, why."""
+        return cast(str, (await self.execute("query-status"))["status"])
 
     async def ram_blocks(self) -> dict[str, int]:
         """The used length in bytes of every RAM block, by name, in QEMU's order."""
         answer = await self.execute("human-monitor-command", command_line="info ramblock")
-        rows = re.findall(r"^ *(\S+) +\d+ KiB +0x\w+ +0x(\w+)", answer, re.MULTILINE)
+        rows = re.findall(r"^ *(\S+) +\d+ [KMG]iB +0x\w+ +0x(\w+)", answer, re.MULTILINE)
         return {name: int(used, 16) for name, used in rows}
 
     async def read_memory(self, address: int, length: int) -> bytes:
         """Read guest-physical memory."""
-        copy = self.directory / "pmemsave"
+        copy = self.directory / f"{self.name}.pmemsave"
         await self.execute("pmemsave", val=address, size=length, filename=str(copy))
         return copy.read_bytes()
 
-    async def read_blocks(self) -> dict[str, bytes]:
-        """The contents of every RAM block of the stopped machine, by name.
-
-        pc.ram, and pc.bios at the top of 4 GiB, are read where they are mapped. pc.rom cannot
-        change and is read from the copy that the guest has made; the blocks /rom@NAME are what
-        the guest has read as fw_cfg file NAME, with zeros after it.
-        """
-        lengths = await self.ram_blocks()
-        ram = await self.read_memory(0, guest_program.MEMORY)
-        rom_end = guest_program.ROM_COPY + guest_program.ROM_LENGTH
-        contents = {
-            "pc.ram": ram,
-            "pc.bios": await self.read_memory(
-                guest_program.FIRMWARE_ADDRESS, guest_program.FIRMWARE_LENGTH
-            ),
-            "pc.rom": ram[guest_program.ROM_COPY : rom_end],
-        }
-        files = guest_program.fw_cfg_files(ram)
-        for name in lengths.keys() - contents.keys():
-            contents[name] = files[name.removeprefix("/rom@")].ljust(lengths[name], b"\0")
-        assert {name: len(data) for name, data in contents.items()} == lengths
-        return contents
-
-    async def passes(self) -> int:
-        """How often the guest has gone over its memory."""
-        return int.from_bytes(await self.read_memory(guest_program.PASSES, 4), "little")
-
     async def guest_goes_on(self) -> None:
-        """Return when the guest has gone over its memory twice from now on."""
-        start = await self.passes()
+        """Return when the guest has done something from now on."""
+        await self.within_deadline(self.machine.guest.goes_on(self), "the guest goes on")
 
-        async def two_more() -> None:
-            while await self.passes() < start + 2:
-                pass
+    async def heartbeats(self, count: int) -> list[Heartbeat]:
+        """The next `count` heartbeats of the Linux guest's checker."""
+        return await self.within_deadline(self.heartbeat.next(count), f"{count} heartbeats")
 
-        await self.within_deadline(two_more(), "the guest changes its memory")
+    # The migration
 
-    async def migrate(self, uri: str) -> None:
-        """Begin a migration that can become a post-copy one."""
+    async def set_capabilities(self, *names: str) -> None:
+        """Turn these migration capabilities on."""
+        capabilities = [{"capability": name, "state": True} for name in names]
+        await self.execute("migrate-set-capabilities", capabilities=capabilities)
+
+    async def listen(self) -> str:
+        """Have the destination wait for a source, and return the URI that reaches it."""
+        await self.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
+        (address,) = (await self.execute("query-migrate"))["socket-address"]
+        return f"tcp:{address['host']}:{address['port']}"
+
+    async def migrate(
+        self,
+        uri: str,
+        *,
+        bandwidth: int = PRECOPY_BANDWIDTH,
+        postcopy_bandwidth: int = POSTCOPY_BANDWIDTH,
+    ) -> None:
+        """Begin a migration that can become a post-copy one. Bytes a second; 0 is without limit."""
         # A millisecond of downtime is never enough: the guest keeps more dirty, so that the
         # migration stays in pre-copy until it is told to switch over. The bandwidth keeps the first
         # round above 100 ms: a QEMU 7.2 that has sent all before it has measured the bandwidth
@@ -140,8 +163,8 @@ class Qemu:
         await self.execute(
             "migrate-set-parameters",
             downtime_limit=1,
-            max_bandwidth=PRECOPY_BANDWIDTH,
-            max_postcopy_bandwidth=POSTCOPY_BANDWIDTH,
+            max_bandwidth=bandwidth,
+            max_postcopy_bandwidth=postcopy_bandwidth,
         )
         await self.execute("migrate", uri=uri)
 
@@ -151,7 +174,7 @@ class Qemu:
 
     async def precopy_rounds(self, count: int) -> None:
         """Return when the dirty bitmap has been synchronised `count` times."""
-        while self._passes < count:
+        while not any(_data(event)["pass"] >= count for event in self.events("MIGRATION_PASS")):
             await self._next_event(f"pre-copy round {count}")
 
     async def migration_status(self, *wanted: str) -> str:
@@ -160,51 +183,112 @@ class Qemu:
             await self._next_event(f"migration status {' or '.join(wanted)}")
         return reached[0]
 
+    async def migration(self) -> dict[str, Any]:
+        """What query-migrate tells: status, downtime and total time in ms, figures of the RAM."""
+        return cast(dict[str, Any], await self.execute("query-migrate"))
+
+    async def event(self, name: str) -> Message:
+        """The first event of this name, waited for if it has not come yet."""
+        while not (events := self.events(name)):
+            await self._next_event(f"event {name}")
+        return events[0]
+
+    def events(self, name: str) -> list[Message]:
+        """The events of this name that have come so far, oldest first."""
+        self._past_events += self._events.clear()
+        return [event for event in self._past_events if event["event"] == name]
+
+    def forget_events(self) -> None:
+        """Begin anew, before another migration."""
+        self._events.clear()
+        self._past_events.clear()
+
     async def _next_event(self, what: str) -> None:
-        event = await self.within_deadline(self.events.get(), what)
-        data = cast(dict[str, Any], event["data"])
-        if event["event"] == "MIGRATION":
-            self.statuses.append(data["status"])
-        else:
-            self._passes = data["pass"]
+        self._past_events.append(await self.within_deadline(self._events.get(), what))
+
+
+def event_time(event: Message) -> float:
+    """When it happened, in seconds of the clock that `time.time` reads."""
+    stamp = cast(dict[str, int], event["timestamp"])
+    return stamp["seconds"] + stamp["microseconds"] / 1e6
+
+
+def qmp_path(directory: Path, name: str) -> Path:
+    """Where a QEMU of this name has its second monitor."""
+    return directory / f"{name}.qmp"
 
 
 @contextlib.asynccontextmanager
 async def running_qemu(
-    directory: Path, firmware: Path, accelerator: Accelerator
+    directory: Path, machine: Machine, *, name: str = "source"
 ) -> AsyncIterator[Qemu]:
-    """Start QEMU, let its guest go over its memory, and end it at the end."""
-    ours, qemus = socket.socketpair()
-    command = ["qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none"]
-    command += ["-machine", f"q35,accel={accelerator}", "-m", str(guest_program.MEMORY >> 20)]
-    command += ["-bios", str(firmware)]
-    command += ["-chardev", f"socket,id=qmp,fd={qemus.fileno()}", "-mon", "qmp,mode=control"]
-    with open(directory / "qemu.stderr", "wb") as stderr:
+    """Start the machine, wait until its guest uses its memory, and end it at the end."""
+    async with _started(directory, machine, name) as qemu:
+        await qemu.set_capabilities("postcopy-ram", "events")
+        await qemu.within_deadline(machine.guest.ready(qemu), "the guest is ready")
+        yield qemu
+
+
+@contextlib.asynccontextmanager
+async def waiting_qemu(
+    directory: Path, machine: Machine, *, name: str = "destination"
+) -> AsyncIterator[Qemu]:
+    """Start a destination that waits to be told where its state comes from; end it at the end.
+
+    Of the capabilities only the events are on.
+    """
+    async with _started(directory, machine, name, "-incoming", "defer") as qemu:
+        await qemu.set_capabilities("events")
+        yield qemu
+
+
+@contextlib.asynccontextmanager
+async def _started(
+    directory: Path, machine: Machine, name: str, *arguments: str
+) -> AsyncIterator[Qemu]:
+    program = qemu_versions.PROGRAMS[machine.version]
+    assert qemu_versions.works(machine.version), f"no QEMU {machine.version}: `make test` gets it"
+    monitor, qemus_monitor = socket.socketpair()
+    console, qemus_console = socket.socketpair()
+    command = [program.path, *program.arguments, "-name", name, *machine.arguments(directory)]
+    command += ["-chardev", f"socket,id=qmp,fd={qemus_monitor.fileno()}"]
+    command += ["-mon", "qmp,mode=control"]
+    command += ["-chardev", f"socket,id=qmp2,path={qmp_path(directory, name)},server=on,wait=off"]
+    command += ["-mon", "qmp2,mode=control"]
+    command += ["-chardev", f"socket,id=checker,fd={qemus_console.fileno()}"]
+    command += ["-device", f"isa-debugcon,iobase={DEBUG_CONSOLE},chardev=checker"]
+    command += ["-serial", f"file:{directory}/{name}.console", *arguments]
+    with open(directory / f"{name}.stderr", "wb") as stderr:
         process = await asyncio.create_subprocess_exec(
+            # A test run that is killed takes its QEMUs along.
+            *("setpriv", "--pdeathsig", "KILL", "--"),
             *command,
+            env=os.environ | program.environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=stderr,
             stderr=stderr,
-            pass_fds=[qemus.fileno()],
+            pass_fds=[qemus_monitor.fileno(), qemus_console.fileno()],
         )
-    qemus.close()
+    qemus_monitor.close()
+    qemus_console.close()
     qmp = QMPClient()
-    events = EventListener(names=("MIGRATION", "MIGRATION_PASS"))
+    events = EventListener(names=_EVENTS)
     qmp.register_listener(events)
-    qemu = Qemu(process, directory, qmp, events)
     try:
-        await qemu.within_deadline(qmp.connect(ours), "QMP is up")
-        await qemu.execute(
-            "migrate-set-capabilities",
-            capabilities=[
-                {"capability": name, "state": True} for name in ("postcopy-ram", "events")
-            ],
-        )
-        await qemu.guest_goes_on()
-        yield qemu
+        async with heartbeat.reading(console) as heartbeats:
+            qemu = Qemu(machine, process, name, directory, qmp, heartbeats, events)
+            try:
+                await qemu.within_deadline(qmp.connect(monitor), "QMP is up")
+            except EOFError:
+                raise QemuFailure(f"QEMU ended at once: {qemu.stderr()}") from None
+            yield qemu
     finally:
         with contextlib.suppress(EOFError, OSError):  # QEMU may have gone already
             await qmp.disconnect()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+
+def _data(event: Message) -> dict[str, Any]:
+    return cast(dict[str, Any], event["data"])

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.interop.guest_program import firmware_machine, read_blocks
 from tests.interop.processes import MemoryKind, running_daemon, running_vmm
-from tests.interop.qemu import Accelerator, accelerators, running_qemu
+from tests.interop.qemu import running_qemu
+from tests.interop.qemu_machine import Accelerator, accelerators
 from tests.interop.recording_relay import RecordingRelay, device_state_of
 
 pytestmark = pytest.mark.parametrize("accelerator", accelerators())
@@ -22,7 +24,7 @@ async def test_every_block_equals_the_stopped_source(
 ) -> None:
     async with (
         running_daemon(tmp_path) as daemon,
-        running_qemu(tmp_path, firmware, accelerator) as qemu,
+        running_qemu(tmp_path, firmware_machine(firmware, accelerator)) as qemu,
         running_vmm(tmp_path, daemon, "guest", memory, await qemu.ram_blocks()) as vmm,
     ):
         await qemu.migrate(f"tcp:127.0.0.1:{vmm.port}")
@@ -31,7 +33,7 @@ async def test_every_block_equals_the_stopped_source(
 
         assert await qemu.migration_status("completed", "failed") == "completed"
         assert await vmm.next_word() == {"complete": True, "changed": 0}
-        assert vmm.blocks() == await qemu.read_blocks()
+        assert vmm.blocks() == await read_blocks(qemu)
         report = await daemon.ended("guest")
         assert report["state"] == "end"
         assert report["counters"]["pages_by_fault"] > 0
@@ -43,7 +45,7 @@ async def test_the_package_reaches_the_vmm_whole(
 ) -> None:
     async with (
         running_daemon(tmp_path) as daemon,
-        running_qemu(tmp_path, firmware, accelerator) as qemu,
+        running_qemu(tmp_path, firmware_machine(firmware, accelerator)) as qemu,
         running_vmm(tmp_path, daemon, "guest", "anonymous", await qemu.ram_blocks()) as vmm,
         RecordingRelay(vmm.port).listening() as relay,
     ):
@@ -63,7 +65,7 @@ async def test_a_source_that_cancels_goes_on_and_the_migration_fails(
 ) -> None:
     async with (
         running_daemon(tmp_path) as daemon,
-        running_qemu(tmp_path, firmware, accelerator) as qemu,
+        running_qemu(tmp_path, firmware_machine(firmware, accelerator)) as qemu,
         running_vmm(tmp_path, daemon, "guest", "anonymous", await qemu.ram_blocks()) as vmm,
     ):
         await qemu.migrate(f"tcp:127.0.0.1:{vmm.port}")
@@ -85,7 +87,7 @@ async def test_a_vmm_that_dies_before_the_package_leaves_the_guest_to_the_source
 ) -> None:
     async with (
         running_daemon(tmp_path) as daemon,
-        running_qemu(tmp_path, firmware, accelerator) as qemu,
+        running_qemu(tmp_path, firmware_machine(firmware, accelerator)) as qemu,
         running_vmm(tmp_path, daemon, "guest", "anonymous", await qemu.ram_blocks()) as vmm,
     ):
         await qemu.migrate(f"tcp:127.0.0.1:{vmm.port}")

@@ -11,7 +11,10 @@ from postcopyd.kernel.system_calls import failure, last_errno, libc
 from postcopyd.kernel.userfaultfd_open import _SYSTEM_CALL
 
 NOBODY = 65534
+CAP_SYS_PTRACE = 19
+_CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_DUMPABLE = 4
+_PR_SET_KEEPCAPS = 8
 _PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
@@ -33,6 +36,18 @@ def drop_rights() -> None:
     os.setresuid(NOBODY, NOBODY, NOBODY)
     # Else /proc/self stays root's.
     _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def keep_only(capability: int) -> None:
+    """Become a user with one capability, as a systemd unit with AmbientCapabilities= has it."""
+    _prctl(_PR_SET_KEEPCAPS, 1)
+    drop_rights()
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    low, high = 1 << capability, 0
+    # Effective, permitted, inheritable: of the first 32 capabilities, then of the others.
+    data = struct.pack("6I", low, low, 0, high, high, high)
+    if libc.capset(header, data) < 0:
+        raise failure("capset", last_errno())
 
 
 def forbid_userfaultfd(code: int) -> None:

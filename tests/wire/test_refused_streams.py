@@ -53,7 +53,7 @@ HEADS = {
     "no configuration": (b"QEVM\0\0\0\3\1", "the configuration is missing: section type 0x01"),
     "multifd channel": (b"\x11\x22\x33\x44\0\0\0\1", "multifd channel; switch"),
     "TLS": (b"\x16\x03\x01\x02\x00", "TLS handshake"),
-    "preempt channel": (b"\0\0\0\0\0\x10\0\2", "as a preempt channel does; switch"),
+    "preempt channel": (b"\0\0\0\0\0\x10\0\2", "as a preempt channel does; the main"),
     "resumed": (b"\x08\x00\x0a\x00\x07", "as a resumed migration does"),
     "machine type of 4 GiB": (
         b"QEVM\0\0\0\3\7\xff\xff\xff\xff",

@@ -1,0 +1,108 @@
+"""What `postcopyctl receive-qemu` shows while it waits: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Final, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from postcopyd.cli.sizes import format_size
+from postcopyd.daemon.printable import printable
+
+_STEPS: Final = 4
+"""Lines of a state, for each equal share of the memory."""
+_DOING: Final = {
+    "none": "waiting for the source",
+    "advise": "pre-copy",
+    "discard": "switchover",
+    "listening": "loading the devices",
+    "running": "running, memory comes",
+    "converged": "all memory is here, loading the devices",
+    "paused": "paused",
+    "recover": "the source is back",
+    "end": "all memory is here",
+    "failed": "failed",
+}
+
+
+def describe(migration: dict[str, Any]) -> str:
+    """Return how it stands in one line."""
+    what = _DOING[migration["state"]]
+    if migration["state"] in ("advise", "running", "end"):
+        what += f": {format_size(migration['received'])} of {format_size(migration['length'])}"
+    if migration["counters"]["faults"]:
+        what += f", {migration['counters']['faults']} faults"
+    if migration["failure"] and migration["state"] == "paused":
+        what += f": {migration['failure']}"
+    return printable(what)
+
+
+class ReceiveProgress:
+    """Shows how a migration stands, for the time of a `with` block."""
+
+    def __init__(self, output: TextIO) -> None:
+        """Write to `output`."""
+        self._output = output
+        self._last: tuple[object, ...] = ()
+        self._advised = False
+        self._bar: Progress | None = None
+        if output.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                console=Console(file=output),
+                auto_refresh=False,
+            )
+            self._task = self._bar.add_task("")
+
+    def show(self, migration: dict[str, Any]) -> None:
+        """Show how it stands now."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                description=describe(migration),
+                total=migration["length"] or 1,
+                completed=migration["received"],
+            )
+            self._bar.refresh()
+        else:
+            self._write_line(migration)
+        self._advise(migration)
+
+    def _write_line(self, migration: dict[str, Any]) -> None:
+        step = migration["received"] * _STEPS // (migration["length"] or 1)
+        now = (migration["state"], migration["failure"], step)
+        if now != self._last:
+            self._last = now
+            print(describe(migration), file=self._output, flush=True)
+
+    def _advise(self, migration: dict[str, Any]) -> None:
+        """Say once what to do about a migration that needs somebody."""
+        waits = bool(migration["waits_for_vmm"])
+        if waits and not self._advised:
+            text = (
+                "Nothing is lost: the device state and all memory that has come are kept. Start "
+                "another QEMU for it, then:\n"
+                f"  postcopyctl retry {printable(migration['name'])} --qmp OTHER"
+            )
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False)
+            else:
+                print(text, file=self._output, flush=True)
+        self._advised = waits
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

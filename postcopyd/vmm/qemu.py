@@ -1,0 +1,293 @@
+"""An unmodified QEMU as the VMM: found through its monitor, adopted, and fed its device state."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
+from typing import Final
+
+from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
+from postcopyd.kernel.userfaultfd import Feature
+from postcopyd.vmm import qemu_facts
+from postcopyd.vmm.adoption import AdoptedProcess, AdoptionRefused, adopt
+from postcopyd.vmm.checks import HandoffRefused, check_blocks, prove_mapped
+from postcopyd.vmm.qemu_facts import QemuFacts
+from postcopyd.vmm.qemu_feed import Feed, FeedFailure, offer_feed
+from postcopyd.vmm.qemu_memory import FoundMemory, find_memory
+from postcopyd.vmm.qemu_monitor import MonitorFailure, QemuMonitor
+
+_KEEPS_PROCESS: Final = (9, 1, 0)
+"""Since when migrate-incoming has exit-on-error."""
+_LAST_WORDS: Final = 5.0
+"""Seconds for QEMU to say why it has rejected what it was fed, or to exit."""
+_LOOK: Final = 0.001
+_LONGEST_LOOK: Final = 0.1
+"""Seconds between two looks at whether QEMU runs: from the first to the last."""
+
+
+class QemuVmm:
+    """`postcopyd.incoming.vmm.Vmm` for a QEMU that waits with ``-incoming defer``.
+
+    Made within a running event loop, by `adopt_qemu`.
+    """
+
+    def __init__(
+        self,
+        facts: QemuFacts,
+        monitor: QemuMonitor,
+        within: float,
+        process: AdoptedProcess,
+        found: FoundMemory,
+        resources: ExitStack,
+    ) -> None:
+        """Take over `resources`, which close the memory files, and all the others.
+
+        :param within: seconds for each of QEMU's answers.
+        """
+        self._facts = facts
+        self._monitor = monitor
+        self._within = within
+        self._process = process
+        self._found = found
+        self._resources = resources
+        self._memory = GuestMemory(found.blocks, process.userfaultfd, registered=False)
+        self._advised = self._listening = self._ended = self._closed = False
+        self._feed: Feed | None = None
+        self._gone = asyncio.Event()
+        self._loading = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(process.pidfd, self._exited)
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The blocks of its memory backends and the userfaultfd, unchanged until `close`."""
+        return self._memory
+
+    @property
+    def fed_blocks(self) -> tuple[FedBlock, ...]:
+        """All other blocks: ROMs, video memory."""
+        return self._facts.fed
+
+    @property
+    def process_id(self) -> int:
+        """Of QEMU, as this process sees it."""
+        return self._process.pid
+
+    @property
+    def description(self) -> str:
+        """For logs and reports, such as ``QEMU 7.2.22, pid 4711``."""
+        return f"QEMU {'.'.join(map(str, self._facts.version))}, pid {self._process.pid}"
+
+    @property
+    def thread_names(self) -> Mapping[int, str]:
+        """Its processors' threads."""
+        return self._facts.thread_names
+
+    def check_machine(self, machine: str) -> None:
+        """Check that the machine types are the same.
+
+        :raise VmmFailure: if they are not.
+        """
+        if machine != self._facts.machine:
+            raise VmmFailure(
+                f"the source's machine type is {machine!r}, this QEMU's {self._facts.machine!r}: "
+                f"start it with -machine {machine}"
+            )
+
+    async def advise(self) -> None:
+        """Empty private memory, and forbid huge pages, from inside the process.
+
+        Long before the switchover, because QEMU stands still meanwhile; so what else can be done
+        beforehand is done here as well. The balloon stays: what it takes is told by the
+        userfaultfd.
+
+        :raise VmmFailure: if QEMU has exited or the kernel refuses.
+        """
+        if self._advised:
+            return
+        try:
+            await self._inside(self._found.huge_page_ranges, mmap.MADV_NOHUGEPAGE)
+            await self._inside(self._found.private_ranges, mmap.MADV_DONTNEED)
+            self._feed = await offer_feed(self._monitor, self._within)
+        except OSError as error:
+            raise VmmFailure(f"its memory cannot be prepared: {error}") from error
+        except MonitorFailure as error:
+            raise VmmFailure(f"it cannot be fed: {error}") from error
+        self._advised = True
+
+    async def discard(self) -> None:
+        """Do nothing: `advise` has forbidden huge pages."""
+
+    def listening(self) -> None:
+        """Keep the process's own copy of the userfaultfd from now on: it must never read zeros."""
+        self._listening = True
+
+    async def run(self, load: DeviceLoad) -> None:
+        """Feed QEMU; return when it has loaded its devices and left the state in which it waits.
+
+        :raise VmmFailure: if it rejects them, or goes away. Its memory is of no use then.
+        """
+        await self._load(load, None)
+
+    async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:
+        """As `run`, with a device state that QEMU finds the end of."""
+        await self._load(load, rest)
+
+    async def _load(self, load: DeviceLoad, rest: AsyncIterator[bytes] | None) -> None:
+        feed = self._feed
+        assert feed is not None
+        async with self._loading:
+            try:
+                await feed.begin(keep_process=self._facts.version >= _KEEPS_PROCESS)
+            except MonitorFailure as error:
+                raise VmmFailure(f"it cannot be fed: {error}") from error
+            try:
+                await feed.load(load, rest)
+                await self._left_inmigrate()
+            except (FeedFailure, MonitorFailure) as error:
+                raise VmmFailure(f"{error}; {await self._last_words()}") from error
+            finally:
+                feed.close()
+
+    async def _left_inmigrate(self) -> None:
+        """Return when QEMU runs, or is paused as the source was.
+
+        It says that it has loaded shortly before. It may wait for its memory meanwhile, so nothing
+        bounds its answer.
+
+        :raise MonitorFailure: if the monitor breaks off.
+        """
+        pause = _LOOK
+        while (await self._status())["status"] == "inmigrate":
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_LOOK)
+
+    async def _status(self) -> dict[str, object]:
+        answer: dict[str, object] = await self._monitor.execute("query-status", within=None)
+        return answer
+
+    async def _last_words(self) -> str:
+        """Find out why QEMU has not loaded."""
+        exited = asyncio.create_task(self._gone.wait())
+        asked = asyncio.create_task(self._reason())
+        await asyncio.wait({exited, asked}, return_when=asyncio.FIRST_COMPLETED)
+        said = asked.result() if asked.done() else None
+        if said is None:
+            # One that exits closes its monitor shortly before.
+            await asyncio.wait({exited}, timeout=_LAST_WORDS)
+        for task in (exited, asked):
+            task.cancel()
+        if said is not None:
+            return f"QEMU says: {said}; the end of its standard error may say more"
+        if self._gone.is_set():
+            return "it has exited, the end of its standard error says why"
+        return "it does not say why"
+
+    async def _reason(self) -> str | None:
+        try:
+            told = await self._monitor.execute("query-migrate", within=_LAST_WORDS)
+        except MonitorFailure:
+            return None
+        reason = told.get("error-desc")
+        return str(reason) if reason else None
+
+    async def complete(self) -> None:
+        """Allow huge pages again, and close the process's own copy of the userfaultfd."""
+        if not self._ended:
+            self._ended = True
+            await self._leave()
+
+    async def failed(self, reason: str) -> None:
+        """Leave QEMU as it was, if no fault was ever served; otherwise leave it waiting.
+
+        A thread that waits for a page that never comes must not go on with zeros.
+        """
+        if not self._ended and not self._closed:
+            self._ended = True
+            if self._listening:
+                await self._monitor.close()
+            else:
+                await self._leave()
+
+    async def _leave(self) -> None:
+        if self._feed is not None and not self._listening:
+            await self._feed.withdraw()
+        with contextlib.suppress(OSError):  # it has exited, or is stopped by somebody else
+            if self._advised:
+                await self._inside(self._found.huge_page_ranges, mmap.MADV_HUGEPAGE)
+            await asyncio.to_thread(self._process.release)
+        await self._monitor.close()
+
+    async def _inside(self, ranges: tuple[tuple[int, int], ...], advice: int) -> None:
+        if ranges:
+            await asyncio.to_thread(self._process.advise, ranges, advice)
+
+    async def gone(self) -> None:
+        """Return when QEMU has exited; after `close`, never."""
+        await self._gone.wait()
+        async with self._loading:  # a load that fails because of it says more
+            pass
+
+    def close(self) -> None:
+        """Release every descriptor. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._process.pidfd)
+            if self._feed is not None:
+                self._feed.close()
+            self._process.close()
+            self._resources.close()
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._process.pidfd)
+        self._gone.set()
+
+
+async def adopt_qemu(monitor: str, *, within: float = 10.0) -> QemuVmm:
+    """Make the QEMU behind a monitor the VMM of a migration.
+
+    :param monitor: path of its QMP socket.
+    :param within: seconds for each of its answers.
+    :raise AdoptionRefused: if it cannot be filled, saying why and what to change. QEMU is as
+        before then.
+    """
+    try:
+        session = await QemuMonitor.connect(monitor, within)
+    except MonitorFailure as error:
+        raise AdoptionRefused(str(error)) from error
+    with ExitStack() as resources:
+        try:
+            facts = await qemu_facts.ask(session, within)
+            found, process = await asyncio.to_thread(_adopt, facts, resources)
+        except MonitorFailure as error:
+            await session.close()
+            raise AdoptionRefused(str(error)) from error
+        except BaseException:
+            await session.close()
+            raise
+        return QemuVmm(facts, session, within, process, found, resources.pop_all())
+
+
+def _adopt(facts: QemuFacts, resources: ExitStack) -> tuple[FoundMemory, AdoptedProcess]:
+    """Find the memory, and get a userfaultfd that can watch all of it."""
+    found = find_memory(facts.process_id, facts.backed, resources)
+    wanted = Feature.THREAD_ID | Feature.EVENT_REMOVE
+    if found.has_files:
+        wanted |= Feature.MISSING_SHMEM
+    if found.has_huge_blocks:
+        wanted |= Feature.MISSING_HUGETLBFS
+    try:
+        check_blocks(found.blocks)
+        process = adopt(facts.process_id, wanted)
+        try:
+            prove_mapped(process.userfaultfd, found.blocks, registered=False)
+        except BaseException:
+            process.release()
+            process.close()
+            raise
+    except HandoffRefused as error:
+        raise AdoptionRefused(error.reason) from error
+    return found, process
