@@ -117,7 +117,8 @@ def _print_result(migration: dict[str, Any]) -> None:
     table.add_row("memory", format_size(migration["length"]))
     table.add_row("downtime", f"{migration['downtime_seconds'] * 1e3:.1f} ms")
     table.add_row("window", f"{migration['window_seconds']:.3f} s from switchover to last page")
-    table.add_row("faults", f"{counters['faults']} ({counters['requests']} pages asked for)")
+    asked = f"{counters['requests']} pages asked for, {counters['pages_around']} more around them"
+    table.add_row("faults", f"{counters['faults']} ({asked})")
     if latency["count"]:
         table.add_row("fault latency", quantiles(latency))
         table.add_row("longest stall", f"{latency['maximum'] / 1e3:.1f} ms")

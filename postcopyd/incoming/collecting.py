@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 
 from bitarray import bitarray
+from bitarray.util import intervals
 
 from postcopyd.incoming.report import BlockReport
 from postcopyd.incoming.vmm import CollectedBlock, FedBlock
@@ -65,11 +66,12 @@ class Collection:
             block.view[start : start + length] = bytes(length)
             block.received[start // HOST_PAGE_SIZE : (start + length) // HOST_PAGE_SIZE] = 0
 
-    def missing(self) -> Iterator[tuple[str, int]]:
-        """Iterate over the pages that are not here: block, offset in bytes."""
+    def missing(self) -> Iterator[tuple[str, int, int]]:
+        """Iterate over the ranges that are not here: block, offset and length in bytes."""
         for block in self._collected.values():
-            for page in block.received.search(bitarray("0")):
-                yield block.name, page * HOST_PAGE_SIZE
+            for received, first, beyond in intervals(block.received):
+                if not received:
+                    yield block.name, first * HOST_PAGE_SIZE, (beyond - first) * HOST_PAGE_SIZE
 
     @property
     def complete(self) -> bool:

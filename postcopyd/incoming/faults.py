@@ -1,15 +1,16 @@
 """Faults: from the userfaultfd to a request on the return path, or to an answer from what is here.
 
 Every fault that is read ends as requested, placed or woken. A host page is asked for once, however
-many threads wait for it.
+many threads wait for it. What the guest seems to need next is asked for as well (`fault_around`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns
 
 from postcopyd.incoming.blocktime import Blocktime
+from postcopyd.incoming.fault_around import FaultAround, missing_runs
 from postcopyd.incoming.placing import Placer
 from postcopyd.incoming.report import Counters
 from postcopyd.incoming.staging import BlockStage
@@ -44,14 +45,15 @@ class FaultHandler:
         counters: Counters,
         *,
         blocktime: Blocktime | None,
-        request: Callable[[list[tuple[RamBlock, int]]], None],
+        request: Callable[[list[tuple[RamBlock, range]]], None],
         removed: Callable[[RamBlock, int, int], None],
         sees_removals: bool,
     ) -> None:
         """Set up; nothing is read before `read`.
 
         :param blocktime: told which thread waits for which page; None if the ids are not known.
-        :param request: asked for the pages that faults wait for: (block, host page number).
+        :param request: asked for the pages that faults wait for, and behind them for those around:
+            (block, numbers of host pages).
         :param removed: told of each range that the VMM gave back: block, offset, length.
         :param sees_removals: whether the VMM's userfaultfd reports removals. Where it does not,
             a fault on a page that was placed can mean that the VMM dropped it unseen.
@@ -73,6 +75,7 @@ class FaultHandler:
         another VMM may have to take this one's place."""
         self._faults: list[int] = []
         self._threads: list[int] = []
+        self._around = FaultAround()
         self._deferred: dict[int, tuple[RamBlock, int]] = {}
         self._block = blocks[0]
         self._block_end = blocks[0].end
@@ -117,7 +120,8 @@ class FaultHandler:
     def _answer(self, faults: list[int]) -> None:
         now = perf_counter_ns()
         waiting = self._waiting
-        requests: list[tuple[RamBlock, int]] = []
+        requests: list[tuple[RamBlock, range]] = []
+        around: list[tuple[RamBlock, range]] = []
         blocktime = self._blocktime
         for address, thread in zip(faults, self._threads, strict=True):
             block = self._block
@@ -137,10 +141,23 @@ class FaultHandler:
                 continue
             if not maps.requested[page]:
                 maps.requested[page] = 1
-                requests.append((block, page))
+                requests.append((block, range(page, page + 1)))
+                window = self._around.window(block, page, now)
+                if len(window) > 1:
+                    around.append((block, window))
         if requests:
             self._counters.requests += len(requests)
+            requests += self._missing(around)
             self._request(requests)
+
+    def _missing(self, windows: list[tuple[RamBlock, range]]) -> Iterator[tuple[RamBlock, range]]:
+        """Give those pages of the windows that are missing; they are asked for from now on."""
+        for block, window in windows:
+            maps = self._maps[block.index]
+            for run in missing_runs(maps, window):
+                maps.requested[run.start : run.stop] = 1
+                self._counters.pages_around += len(run)
+                yield block, run
 
     def _find_block(self, address: int) -> RamBlock:
         block = self._blocks.block_at(address)

@@ -48,7 +48,7 @@ class MemoryFilling:
         latency: Histogram,
         blocktime: Blocktime | None,
         *,
-        request: Callable[[list[tuple[RamBlock, int]]], None],
+        request: Callable[[list[tuple[RamBlock, range]]], None],
         removed: Callable[[RamBlock, int, int], None],
         caught_up: Callable[[], None],
         broken: Callable[[Exception], None],
@@ -56,7 +56,7 @@ class MemoryFilling:
         """Set up the account.
 
         :param blocktime: told which thread waits how long; None when nobody wants to know.
-        :param request: asked for pages that faults wait for: (block, host page number).
+        :param request: asked for pages: (block, numbers of host pages).
         :param removed: told of each range that the VMM gave back: block, offset, length in bytes.
         :param caught_up: told when what was put off is placed: the stream may go on.
         :param broken: told once when filling cannot go on: `VmmGone`, `UnexpectedEvent`, OSError.

@@ -64,8 +64,8 @@ class Loading:
         if self.collection.complete:
             self._collected.set()
 
-    def missing(self) -> Iterator[tuple[str, int]]:
-        """Iterate over pages that must come before the VMM can load: block, offset in bytes."""
+    def missing(self) -> Iterator[tuple[str, int, int]]:
+        """Iterate over what must come before the VMM can load: block, offset, length in bytes."""
         return self.collection.missing()
 
     def all_came(self) -> None:

@@ -23,7 +23,6 @@ from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.source_link import SourceLink
 from postcopyd.incoming.states import State, check_message, check_step
 from postcopyd.incoming.vmm import Vmm, VmmFailure
-from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import (
@@ -44,10 +43,6 @@ from postcopyd.wire.messages import (
     SwitchoverStart,
     ZeroPages,
 )
-
-_READ_AHEAD_IDLE = 128
-_READ_AHEAD_FAULTS = 16
-"""Pages that one receive may bring while no fault waits, and while one does."""
 
 _LAST_WORDS = 0.5
 """Seconds in which a VMM that has exited may be seen to, by who knows more than that it has."""
@@ -285,9 +280,6 @@ class IncomingMigration:
         assert link is not None
         if not self._recipient.place(message, channel):
             link.pause()
-        link.main.reader.read_ahead_pages = (
-            _READ_AHEAD_FAULTS if self._recipient.waiting else _READ_AHEAD_IDLE
-        )
 
     def _pong(self, value: int) -> None:
         assert self._link is not None
@@ -337,8 +329,9 @@ class IncomingMigration:
         assert self._link is not None
         if self._recipient.in_a_host_page:
             raise ProtocolError("the stream ends in the middle of a host page", None)
-        self._end_of_stream = True
         self._link.main.pause()
+        self._link.urgent_first()  # what came before the end is not to be forgotten behind it
+        self._end_of_stream = True
         if self._link.preempt is None:
             self._recipient.loading.all_came()
         self._complete_if_all_is_here()
@@ -356,8 +349,14 @@ class IncomingMigration:
         self._recipient.listen()
         link = self._link
         if link is not None:
-            for name, offset in self._recipient.loading.missing():
-                link.send(link.writer.request_page(name, offset, HOST_PAGE_SIZE))
+            # QEMU loads its devices with the event loop's help: each of its steps takes a turn.
+            link.main.go_gently(True)
+            link.send(
+                b"".join(
+                    link.writer.request_pages(name, offset, length)
+                    for name, offset, length in self._recipient.loading.missing()
+                )
+            )
         self._spawn_for_vmm(self._load())
 
     async def _load(self) -> None:
@@ -365,10 +364,12 @@ class IncomingMigration:
         self._tell_that_it_runs()
         if self.state is State.LISTENING:
             self._step(State.RUNNING)
-        for value in pings:
-            # They report that the device state is loaded (qemu-wire, 4.1).
-            if self._link is not None:
-                self._link.send(self._link.writer.pong(value))
+        link = self._link
+        if link is not None:
+            link.main.go_gently(False)
+            for value in pings:
+                # They report that the device state is loaded (qemu-wire, 4.1).
+                link.send(link.writer.pong(value))
         self._complete_if_all_is_here()
 
     def _tell_that_it_runs(self) -> None:
@@ -438,15 +439,15 @@ class IncomingMigration:
     def _faults_first(self) -> None:
         self._recipient.read_faults()
 
-    def _request_pages(self, pages: list[tuple[RamBlock, int]]) -> None:
+    def _request_pages(self, requests: list[tuple[RamBlock, range]]) -> None:
         link = self._link
         if link is None or self.state not in _AFTER_SWITCHOVER:
             return
-        request_page = link.writer.request_page
+        request_pages = link.writer.request_pages
         message = b""
-        for block, page in pages:
+        for block, pages in requests:
             size = block.page_size
-            message += request_page(block.name, page * size, size)
+            message += request_pages(block.name, pages.start * size, len(pages) * size)
         link.send(message)
 
     def _memory_removed(self, block: RamBlock, offset: int, length: int) -> None:

@@ -46,7 +46,7 @@ class Recipient:
         counters: Counters,
         latency: Histogram,
         *,
-        request: Callable[[list[tuple[RamBlock, int]]], None],
+        request: Callable[[list[tuple[RamBlock, range]]], None],
         removed: Callable[[RamBlock, int, int], None],
         caught_up: Callable[[], None],
         broken: Callable[[Exception], None],

@@ -85,7 +85,9 @@ class Counters:
     faults: int = 0
     """Fault messages read, repeated ones included."""
     requests: int = 0
-    """Host pages asked of the source."""
+    """Host pages asked of the source because a fault waits for them."""
+    pages_around: int = 0
+    """Host pages asked of the source because faults come close to them."""
     pages_by_fault: int = 0
     """Pages placed while a fault waited for them."""
     pages_by_background: int = 0

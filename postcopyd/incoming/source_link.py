@@ -68,7 +68,7 @@ class SourceLink:
             connection,
             self._stream,
             deliver=deliver,
-            faults_first=self._urgent_first,
+            faults_first=self.urgent_first,
             lost=self._stop,
             fault_window=settings.fault_window,
         )
@@ -154,6 +154,7 @@ class SourceLink:
             faults_first=self._faults_first,
             lost=self._preempt_lost,
             fault_window=self._settings.fault_window,
+            urgent=True,
         )
         self._preempt_attached(peer)
         if not self.main.paused:
@@ -169,7 +170,7 @@ class SourceLink:
 
     # -- receiving -------------------------------------------------------------------------------
 
-    def _urgent_first(self) -> None:
+    def urgent_first(self) -> None:
         """Between two receives of the main stream: what the guest waits for comes first."""
         if self.preempt is not None and not self._urgent:
             self._urgent = True

@@ -8,16 +8,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from postcopyd.wire.errors import ProtocolError
-from postcopyd.wire.messages import Message
+from postcopyd.wire.messages import Message, Pages
 
-_MESSAGES_A_LOOK = 4
-"""Messages between two looks at the faults, within what one receive has brought."""
+_PAGES_A_LOOK = 16
+"""Pages between two looks at the faults and the preempt channel."""
+_OTHER_MESSAGE = 4
+"""What any other message counts for: one receive can bring tens of thousands of zero pages."""
 
 _ENTRY = 2048
 """Bytes that an entry of a scatter list holds at least, on average: words and pages take turns."""
 
 _RECEIVES_A_TURN = 4
-"""Receives in one turn of the event loop; in between the faults are looked after."""
+"""Receives in one turn of the event loop."""
+
+_READ_AHEAD = 128
+_READ_AHEAD_GENTLY = 16
+"""Pages that one receive may bring."""
 
 
 class Reader(Protocol):
@@ -60,6 +66,7 @@ class StreamConnection:
         faults_first: Callable[[], None],
         lost: Callable[[Exception], None],
         fault_window: int,
+        urgent: bool = False,
     ) -> None:
         """Take over `connection`; nothing is received before `resume`.
 
@@ -68,17 +75,23 @@ class StreamConnection:
         :param lost: called once, when the stream stops or is wrong; the connection is of no use
             any more.
         :param fault_window: bytes that may queue in a TCP connection before a requested page.
+        :param urgent: what comes is waited for: acknowledge it at once.
         """
         prepare(connection, fault_window)
         self._loop = loop
         self._socket = connection
         self._descriptor = connection.fileno()
         self._receive_into = connection.recvmsg_into
+        # A source sends what does not fill a segment only when all before it is acknowledged
+        # (Nagle), unless it says otherwise, and QEMU does not for its preempt channel. Acknowledged
+        # late, the second of two pages would come 40 ms after the first.
+        self._acknowledge = urgent and connection.family in (socket.AF_INET, socket.AF_INET6)
         self.reader = reader
         self._deliver = deliver
         self._faults_first = faults_first
         self._lost = lost
         self._waiting: Iterator[Message] = iter(())
+        self._receives = _RECEIVES_A_TURN
         self._reading = False
         self._paused = True
         self.closed = False
@@ -88,6 +101,11 @@ class StreamConnection:
     def paused(self) -> bool:
         """True while it is we who hold the stream up, not the source."""
         return self._paused
+
+    def go_gently(self, gently: bool) -> None:
+        """Receive little in a turn of the event loop, because others wait for theirs; or not."""
+        self._receives = 1 if gently else _RECEIVES_A_TURN
+        self.reader.read_ahead_pages = _READ_AHEAD_GENTLY if gently else _READ_AHEAD
 
     def pause(self) -> None:
         """Deliver and receive nothing until `resume`."""
@@ -120,7 +138,7 @@ class StreamConnection:
 
     def _receive(self) -> None:
         reader = self.reader
-        for _ in range(_RECEIVES_A_TURN):
+        for _ in range(self._receives):
             room = reader.buffers()
             try:
                 count = self._receive_into(room)[0]
@@ -133,8 +151,10 @@ class StreamConnection:
                 self._end_of_file()
                 return
             self.bytes_received += count
+            if self._acknowledge:
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             try:
-                self._waiting = iter(reader.received(count))
+                self._waiting = _in_parts(reader.received(count))
             except ProtocolError as error:
                 self._stop(error)
                 return
@@ -148,13 +168,13 @@ class StreamConnection:
 
     def _deliver_waiting(self) -> bool:
         """Deliver until all is delivered (True), or somebody paused or closed us (False)."""
-        delivered = 0
+        work = 0
         try:
             for message in self._waiting:
                 self._deliver(message)
-                delivered += 1
-                # One receive can bring tens of thousands of zero pages.
-                if not delivered % _MESSAGES_A_LOOK:
+                work += len(message) if type(message) is Pages else _OTHER_MESSAGE
+                if work >= _PAGES_A_LOOK:
+                    work = 0
                     self._faults_first()
                 if self._paused or self.closed:
                     return False
@@ -183,6 +203,15 @@ class StreamConnection:
         self.closed = True
         self._waiting = iter(())
         self._socket.close()
+
+
+def _in_parts(messages: Iterable[Message]) -> Iterator[Message]:
+    """Give the messages, those with many pages in parts: in between the faults are looked after."""
+    for message in messages:
+        if type(message) is Pages and len(message) > _PAGES_A_LOOK:
+            yield from message.parts(_PAGES_A_LOOK)
+        else:
+            yield message
 
 
 def prepare(connection: socket.socket, fault_window: int) -> None:

@@ -15,7 +15,7 @@ from postcopyd.vmm import qemu_facts
 from postcopyd.vmm.adoption import AdoptedProcess, AdoptionRefused, adopt
 from postcopyd.vmm.checks import HandoffRefused, check_blocks, prove_mapped
 from postcopyd.vmm.qemu_facts import QemuFacts
-from postcopyd.vmm.qemu_feed import Feed, FeedFailure, offer_feed
+from postcopyd.vmm.qemu_feed import Feed, FeedFailure, FeedRefused, offer_feed
 from postcopyd.vmm.qemu_memory import FoundMemory, find_memory
 from postcopyd.vmm.qemu_monitor import MonitorFailure, QemuMonitor
 
@@ -140,13 +140,12 @@ class QemuVmm:
         feed = self._feed
         assert feed is not None
         async with self._loading:
+            keep_process = self._facts.version >= _KEEPS_PROCESS
             try:
-                await feed.begin(keep_process=self._facts.version >= _KEEPS_PROCESS)
-            except MonitorFailure as error:
-                raise VmmFailure(f"it cannot be fed: {error}") from error
-            try:
-                await feed.load(load, rest)
+                await feed.load(load, rest, keep_process=keep_process)
                 await self._left_inmigrate()
+            except FeedRefused as error:
+                raise VmmFailure(f"it cannot be fed: {error}") from error
             except (FeedFailure, MonitorFailure) as error:
                 raise VmmFailure(f"{error}; {await self._last_words()}") from error
             finally:

@@ -25,6 +25,10 @@ class FeedFailure(Exception):
     """QEMU has not loaded what it was fed; the text says what is known of why."""
 
 
+class FeedRefused(Exception):
+    """QEMU does not read its end; it waits as before. The text says why."""
+
+
 class Feed:
     """One feed of one QEMU."""
 
@@ -35,17 +39,14 @@ class Feed:
         self._within = within
         self._answers = ReturnPathReader(())
 
-    async def begin(self, *, keep_process: bool) -> None:
-        """Have QEMU read its incoming migration from its end.
-
-        :param keep_process: have QEMU stay alive when it rejects what it is fed, so that it can be
-            asked why. Not known to versions before 9.1.
-        :raise MonitorFailure: if QEMU refuses. It then still waits.
-        """
+    async def _begin(self, keep_process: bool) -> None:
         arguments: dict[str, object] = {"uri": f"fd:{_NAME}"}
         if keep_process:
             arguments["exit-on-error"] = False
-        await self._monitor.execute("migrate-incoming", arguments, within=self._within)
+        try:
+            await self._monitor.execute("migrate-incoming", arguments, within=self._within)
+        except MonitorFailure as error:
+            raise FeedRefused(str(error)) from error
 
     async def withdraw(self) -> None:
         """Have QEMU forget its end, which it has not used."""
@@ -53,15 +54,22 @@ class Feed:
             await self._monitor.execute("closefd", {"fdname": _NAME}, within=self._within)
         self.close()
 
-    async def load(self, load: DeviceLoad, rest: AsyncIterator[bytes] | None = None) -> None:
+    async def load(
+        self, load: DeviceLoad, rest: AsyncIterator[bytes] | None = None, *, keep_process: bool
+    ) -> None:
         """Feed, and return when QEMU says that it has loaded. For as long as it takes.
 
         :param rest: device state that follows `load.device_state`, and its end; None when that is
             complete.
-        :raise FeedFailure: if it has not.
+        :param keep_process: have QEMU stay alive when it rejects what it is fed, so that it can be
+            asked why. Not known to versions before 9.1.
+        :raise FeedFailure: if it has not loaded.
+        :raise FeedRefused: if it has not begun to.
         """
+        # What is fed waits in the socket already when QEMU begins to read.
         feeding = asyncio.create_task(self._feed(load, rest))
         try:
+            await self._begin(keep_process)
             status = await self._status()
         finally:
             feeding.cancel()

@@ -7,7 +7,7 @@ inside their block and aligned. What it means in the migration's state is the en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -103,6 +103,15 @@ class Pages:
         """Return the content of page number `place` of this message, from 0."""
         start = place * self.stride
         return self.data[start : start + self.page_size]
+
+    def parts(self, most: int) -> Iterator[Pages]:
+        """Give the same pages as messages of `most` pages or fewer, in order."""
+        size = self.page_size
+        for first in range(0, len(self.offsets), most):
+            offsets = self.offsets[first : first + most]
+            start = first * self.stride
+            data = self.data[start : start + (len(offsets) - 1) * self.stride + size]
+            yield Pages(self.block, offsets, self.address + start, self.stride, data)
 
 
 @dataclass(slots=True)  # not frozen: that makes each of them three times as dear to make

@@ -46,11 +46,11 @@ class ReturnPathWriter:
         """Name the block again in the next request: the source has forgotten it."""
         self._last_block = None
 
-    def request_page(self, block: str, offset: int, length: int) -> bytes:
-        """Ask for the host page of `length` bytes at `offset`.
+    def request_pages(self, block: str, offset: int, length: int) -> bytes:
+        """Ask for the host pages in `length` bytes from `offset`; they are sent in order.
 
         A 10.0 source with preempt aborts on a length that is no multiple of the host page size,
-        so never ask for anything but exactly one host page.
+        so never ask for anything but whole host pages.
         """
         if block == self._last_block:
             return _pack(_REQUEST, ReturnType.REQ_PAGES, 12, offset, length)

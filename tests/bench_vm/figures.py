@@ -30,6 +30,7 @@ _QUANTITIES: Final = (
     _Quantity("mean wait", "ms", lambda window: window.mean_wait, goal=1 / 3),
     _Quantity("longest stall", "ms", lambda window: window.longest_stall, goal=1 / 3),
     _Quantity("waits", "a run", lambda window: window.waits, better=None),
+    _Quantity("wait an access", "us", lambda window: window.wait_an_access_us),
     _Quantity("blocked", "ms", lambda window: window.blocked),
     _Quantity("iterations", "a run", lambda window: window.iterations, better=max),
     _Quantity("CPU", "s", lambda window: window.cpu_seconds),

@@ -12,6 +12,9 @@ All of it is told by both QEMUs and by the guest, alike for everybody who receiv
 - The iterations in the window are counted from the STOP to its very end. Between two heartbeats
   they are interpolated; what the source did after its last one goes on at the pace of the last two,
   but is never more than what the first one on the destination tells.
+- The mean wait is that of the accesses that waited. Who makes short waits shorter than 0.25 ms is
+  left with the long ones and has a higher mean, so there is the wait of an access, too: all waits
+  divided by the iterations, an iteration being one access that is timed.
 - The longest stall is the longest of the waits or of the delays of a heartbeat.
 - Blocked is how long all processors together waited for pages, as the receiver tells it.
 - CPU is the processor time that the receiver takes from the beginning of pre-copy to the end of the
@@ -37,6 +40,11 @@ class Window:
     blocked: float
     iterations: int
     cpu_seconds: float
+
+    @property
+    def wait_an_access_us(self) -> float:
+        """What an access waits on average, those that do not wait counted."""
+        return self.waits * self.mean_wait * 1e3 / self.iterations if self.iterations else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,10 +81,10 @@ def return_path_seeds() -> Iterator[bytes]:
     said = ReturnPathWriter()
     everything = (
         said.pong(1)
-        + said.request_page(RAM.name, PAGE, PAGE)
-        + said.request_page(RAM.name, 0, PAGE)
+        + said.request_pages(RAM.name, PAGE, PAGE)
+        + said.request_pages(RAM.name, 0, PAGE)
         + said.received_bitmap(VGA.name, b"\xff\x0f" + bytes(6))
-        + said.request_page(BIG.name, HUGE, HUGE)
+        + said.request_pages(BIG.name, HUGE, HUGE)
         + said.resume_ack()
         + said.switchover_ack()
         + said.shut(0)

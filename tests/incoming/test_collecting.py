@@ -33,8 +33,7 @@ async def test_what_is_missing_at_the_switchover_is_asked_for_before_the_vmm_loa
     await engine.source.precopy("pc.rom", ROM, range(2 * PAGE, 8 * PAGE, PAGE))
     # Page 4 of the ROM is zero: it overwrites nothing, and is not what came before it.
     await engine.source.switch_over({"pc.ram": [(0, 4 * PAGE)], "pc.rom": [(0, 3 * PAGE)]})
-    asked = [await engine.source.wait_for_request() for _ in range(3)]
-    assert asked == [PageRequest("pc.rom", page * PAGE, PAGE) for page in range(3)]
+    assert await engine.source.wait_for_request() == PageRequest("pc.rom", 0, 3 * PAGE)
     await engine.source.postcopy("pc.rom", ROM, [2 * PAGE, 0])
     assert engine.vmm.contents == {}
     await engine.source.postcopy("pc.rom", ROM, [PAGE])

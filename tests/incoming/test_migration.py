@@ -260,9 +260,12 @@ async def test_threads_that_fault_while_the_background_streams_see_only_right_by
     touches = {page: engine.guest.touch(page) for page in order[:100]}
 
     async def answer() -> None:
-        for _ in touches:
+        answered: set[int] = set()
+        while not touches.keys() <= answered:
             request = await engine.source.wait_for_request()
-            await engine.source.postcopy("pc.ram", content, [request.offset])
+            offsets = range(request.offset, request.offset + request.length, PAGE)
+            await engine.source.postcopy("pc.ram", content, offsets)
+            answered.update(offset // PAGE for offset in offsets)
 
     async def background() -> None:
         for place in range(100, 1024, 50):
@@ -277,7 +280,8 @@ async def test_threads_that_fault_while_the_background_streams_see_only_right_by
         result = await asyncio.to_thread(touch.result)
         assert result == content[page * PAGE : (page + 1) * PAGE]
     assert await engine.guest.content() == content
-    assert engine.migration.report().counters.pages_by_fault == 100
+    counters = engine.migration.report().counters
+    assert counters.requests <= 100 < counters.requests + counters.pages_around
 
 
 async def test_a_balloon_at_work_at_the_end_is_not_left_asleep(make_engine: MakeEngine) -> None:

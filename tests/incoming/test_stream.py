@@ -1,15 +1,20 @@
-"""The receive buffer: what queues in front of a page that a fault waits for."""
+"""A stream connection: what is in front of a page that a fault waits for, and who has the turn."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from postcopyd.incoming.stream import StreamConnection
+from postcopyd.wire.messages import Message, Pages
 from postcopyd.wire.stream_reader import StreamReader
+from postcopyd.wire.stream_writer import StreamWriter
+from tests.support import LIMIT
+from tests.wire.streams import PAGE, RAM, SECTION_ID, page_content, until_pages
 
 
 def connection_over(ours: socket.socket, fault_window: int) -> StreamConnection:
@@ -64,3 +69,125 @@ async def test_a_unix_stream_is_left_as_it_is() -> None:
     assert buffer_of(ours) == before
     stream.close()
     source.close()
+
+
+# -- whose turn it is -------------------------------------------------------------------------
+
+
+class Recording(socket.socket):
+    """A socket that notes when it is told to acknowledge at once."""
+
+    def __init__(self, made: socket.socket) -> None:
+        super().__init__(made.family, made.type, made.proto, made.detach())
+        self.told: list[int] = []
+
+    def setsockopt(self, *arguments: Any) -> None:
+        if arguments[:2] == (socket.IPPROTO_TCP, socket.TCP_QUICKACK):
+            self.told.append(arguments[2])
+        super().setsockopt(*arguments)
+
+
+class Delivered:
+    """What a connection has delivered, and the looks at the faults and the turns in between."""
+
+    def __init__(self, ours: socket.socket, *, urgent: bool = False) -> None:
+        self.log: list[int | str] = []
+        """Numbers of pages; "look"; "turn"."""
+        self.pages = 0
+        self._loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        self.stream = StreamConnection(
+            self._loop,
+            ours,
+            StreamReader(),
+            deliver=self._deliver,
+            faults_first=lambda: self.log.append("look"),
+            lost=lambda error: None,
+            fault_window=1 << 20,
+            urgent=urgent,
+        )
+
+    def _deliver(self, message: Message) -> None:
+        if isinstance(message, Pages):
+            self.pages += len(message)
+            self.log.append(len(message))
+
+    def _turn(self) -> None:
+        self.log.append("turn")
+        if not self._done.is_set():
+            self._loop.call_soon(self._turn)
+
+    async def until(self, pages: int) -> None:
+        """Receive until so many pages have been delivered, noting the turns of the event loop."""
+        self.stream.resume()
+        self._loop.call_soon(self._turn)
+        async with asyncio.timeout(LIMIT):
+            while self.pages < pages:
+                await asyncio.sleep(0)
+        self._done.set()
+        self.stream.close()
+
+    def most_between(self, what: str) -> int:
+        """Most pages that were delivered between two of these."""
+        most = count = 0
+        for entry in self.log:
+            count = 0 if entry == what else count + entry if isinstance(entry, int) else count
+            most = max(most, count)
+        return most
+
+
+def neighbours(count: int) -> bytes:
+    """A stream up to its first `count` pages, which are neighbours."""
+    ram = StreamWriter(SECTION_ID)
+    begin = until_pages(ram)
+    headers = ram.page_headers(RAM.name, [page * PAGE for page in range(count)])
+    return begin + b"".join(header + page_content(page) for page, header in enumerate(headers))
+
+
+async def send(source: socket.socket, data: bytes) -> None:
+    source.setblocking(False)
+    async with asyncio.timeout(LIMIT):
+        await asyncio.get_running_loop().sock_sendall(source, data)
+
+
+@pytest.mark.parametrize(
+    ("gently", "a_turn"), [(False, 4 * 128), (True, 16)], ids=["in a hurry", "gently"]
+)
+async def test_faults_are_looked_after_every_few_pages_and_a_turn_is_bounded(
+    gently: bool, a_turn: int
+) -> None:
+    ours, source = socket.socketpair()
+    for end, option in ((ours, socket.SO_RCVBUF), (source, socket.SO_SNDBUF)):
+        end.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
+    delivered = Delivered(ours)
+    delivered.stream.go_gently(gently)
+    with source:
+        sending = asyncio.create_task(send(source, neighbours(1000)))
+        await delivered.until(1000)
+        await sending
+    assert 0 < delivered.most_between("look") <= 32
+    assert 0 < delivered.most_between("turn") <= a_turn
+    assert max(entry for entry in delivered.log if isinstance(entry, int)) <= 16
+
+
+@pytest.mark.parametrize("urgent", [True, False])
+async def test_only_what_is_waited_for_is_acknowledged_at_once(urgent: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        source = socket.create_connection(listener.getsockname())
+        ours = Recording(listener.accept()[0])
+    delivered = Delivered(ours, urgent=urgent)
+    with source:
+        sending = asyncio.create_task(send(source, neighbours(4)))
+        await delivered.until(4)
+        await sending
+    assert set(ours.told) == ({1} if urgent else set())
+
+
+async def test_a_unix_stream_has_nothing_to_acknowledge() -> None:
+    first, source = socket.socketpair()
+    ours = Recording(first)
+    delivered = Delivered(ours, urgent=True)
+    with source:
+        await send(source, neighbours(4))
+        await delivered.until(4)
+    assert not ours.told

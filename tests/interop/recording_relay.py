@@ -17,8 +17,13 @@ _PING_3_AND_RUN: Final = b"\x08\x00\x02\x00\x04\x00\x00\x00\x03\x08\x00\x05\x00\
 class RecordingRelay:
     """Passes one connection on to `port` and records its forward direction."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, cut_package_after: int | None = None) -> None:
+        """Pass on to `port` on this host.
+
+        :param cut_package_after: bytes of a device package after which both connections are closed.
+        """
         self._destination = port
+        self._cut_after = cut_package_after
         self.port = 0
         self.recorded = bytearray()
 
@@ -58,10 +63,26 @@ class RecordingRelay:
     ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(1 << 16):
+                begin = len(record)
                 record += data
-                writer.write(data)
+                cut = self._cut(record)
+                writer.write(record[begin:cut])
                 await writer.drain()
+                if cut is not None:
+                    break
         writer.close()
+
+    def _cut(self, record: bytearray) -> int | None:
+        """Where what was recorded is to end; None if it is to go on."""
+        if self._cut_after is None:
+            return None
+        place = record.find(_PACKAGED)
+        while place >= 0:
+            begin = place + len(_PACKAGED) + 4
+            if record.startswith(_LISTEN, begin):
+                return begin + self._cut_after if len(record) > begin + self._cut_after else None
+            place = record.find(_PACKAGED, place + 1)
+        return None
 
 
 def device_state_of(package: bytes) -> bytes:

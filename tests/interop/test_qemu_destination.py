@@ -16,7 +16,7 @@ from tests.interop.guest_program import firmware_machine
 from tests.interop.linux_guest import LinuxGuest
 from tests.interop.moving import MEMORY, VERSIONS, check_moved, linux, move, receiving
 from tests.interop.qemu import running_qemu, waiting_qemu
-from tests.interop.qemu_machine import Backend, Machine, accelerators
+from tests.interop.qemu_machine import Accelerator, Backend, Machine, accelerators
 from tests.interop.qemu_versions import COMMON_MACHINE, QemuVersion
 
 WITHOUT_LIMIT: Final = 0
@@ -168,11 +168,15 @@ async def test_a_pre_copy_that_converges_completes(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.skipif("kvm" not in accelerators(), reason="KVM makes no VM on this machine")
-async def test_a_guest_under_kvm_moves(
-    daemon: RunningDaemon, tmp_path: Path, firmware: Path, version: QemuVersion
+@pytest.mark.parametrize("accelerator", accelerators())
+async def test_a_boot_sector_guest_moves(
+    daemon: RunningDaemon,
+    tmp_path: Path,
+    firmware: Path,
+    version: QemuVersion,
+    accelerator: Accelerator,
 ) -> None:
-    machine = replace(firmware_machine(firmware, "kvm"), version=version, backend="memfd")
+    machine = replace(firmware_machine(firmware, accelerator), version=version, backend="memfd")
     async with (
         running_qemu(tmp_path, machine) as source,
         waiting_qemu(tmp_path, machine) as destination,

@@ -16,6 +16,7 @@ from tests.interop.qemu import Qemu, running_qemu, waiting_qemu
 from tests.interop.qemu_machine import Backend, Machine
 from tests.interop.qemu_versions import QemuVersion
 from tests.interop.receiving import Command, postcopyctl
+from tests.interop.recording_relay import RecordingRelay
 from tests.support import wait_until
 
 NAME = "moving"
@@ -115,6 +116,34 @@ async def test_a_destination_killed_after_it_runs_is_reported_and_the_daemon_sta
         assert report["guest_lost"]
         assert "the guest is lost" in command.lines[-1]
         daemon.wait_for_descriptors(before)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_package_cut_short_loses_the_guest_and_says_so(
+    daemon: RunningDaemon, tmp_path: Path, version: QemuVersion
+) -> None:
+    machine = linux(version)
+    async with (
+        running_qemu(tmp_path, machine) as source,
+        waiting_qemu(tmp_path, machine) as destination,
+        receiving(daemon, destination, NAME) as command,
+    ):
+        port = int((await command.address()).rsplit(":", 1)[1])
+        async with RecordingRelay(port, cut_package_after=1000).listening() as relay:
+            await source.migrate(f"tcp:127.0.0.1:{relay.port}")
+            await source.precopy_rounds(1)
+            await source.start_postcopy()
+            status, report = await command.ended()
+            assert status == 1
+            assert report is not None
+            assert report["state"] == "failed"
+            assert report["guest_lost"]
+            assert "in the middle of the device package of" in report["failure"]
+            assert "the guest is lost" in command.lines[-1]
+            # Neither has a guest that runs; both answer, and may be asked or ended.
+            assert await source.migration_status("postcopy-paused", "completed", "failed")
+        assert await destination.status() == "inmigrate"
+        assert not list(userfaultfds(destination.pid))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

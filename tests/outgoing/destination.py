@@ -83,7 +83,7 @@ class Destination:
 
     def request(self, block: str, offset: int) -> None:
         """Ask for a host page."""
-        self.say(self.writer.request_page(block, offset, self.page_sizes[block]))
+        self.say(self.writer.request_pages(block, offset, self.page_sizes[block]))
 
     def contents(self) -> dict[str, bytes]:
         return {name: bytes(memory) for name, memory in self.memory.items()}

@@ -138,9 +138,9 @@ writer = ReturnPathWriter()
         (b"\0\x08\0\0", "unknown return path message 8"),
         (b"\0\1\0\3abc", "SHUT has 3 bytes"),
         (bytes.fromhex("0004000c") + bytes(12), "REQ_PAGES came before a REQ_PAGES_ID"),
-        (ReturnPathWriter().request_page("rom", 0, PAGE), "'rom', which is not being migrated"),
-        (ReturnPathWriter().request_page("ram", 16 << 20, PAGE), "beyond its length"),
-        (ReturnPathWriter().request_page("ram", 12, PAGE), "not whole host pages"),
+        (ReturnPathWriter().request_pages("rom", 0, PAGE), "'rom', which is not being migrated"),
+        (ReturnPathWriter().request_pages("ram", 16 << 20, PAGE), "beyond its length"),
+        (ReturnPathWriter().request_pages("ram", 12, PAGE), "not whole host pages"),
         (writer.received_bitmap("ram", bytes(512)), "ReceivedBitmap outside of a recovery"),
         (writer.resume_ack(), "ResumeAck outside of a recovery"),
         (writer.shut(0), "SHUT 0 before everything was sent"),
@@ -229,7 +229,7 @@ async def test_a_peer_that_asks_for_everything_again_and_again_costs_no_memory(
         running = asyncio.ensure_future(migration.run(near))
         await package(destination)
         for _ in range(20):
-            destination.say(destination.writer.request_page("ram", 0, pages * PAGE))
+            destination.say(destination.writer.request_pages("ram", 0, pages * PAGE))
         await destination.run()
         report = await running
     assert report.requests_answered == pages - 1

@@ -75,6 +75,26 @@ def check_contents(batch: Pages) -> None:
     assert batch.page_size == PAGE
 
 
+@pytest.mark.parametrize(
+    "pages",
+    [range(100, 150), [7, 5, 90, 91, 3, 20, 40]],
+    ids=["neighbours", "scattered"],
+)
+@pytest.mark.parametrize("most", [1, 3, 16, 64])
+def test_the_parts_of_a_message_hold_its_pages_in_order(
+    source: Source, pages: range | list[int], most: int
+) -> None:
+    source.warm_up()
+    offsets = [page * PAGE for page in pages]
+    (batch,) = batches(source.send(source.pages(offsets)))
+    parts = list(batch.parts(most))
+    assert [offset for part in parts for offset in part.offsets] == offsets
+    assert max(map(len, parts)) == min(most, len(offsets))
+    for part in parts:
+        check_contents(part)
+        assert isinstance(part.offsets, range) == isinstance(batch.offsets, range)
+
+
 def test_expected_pages_land_side_by_side_and_neighbours_come_as_one_run(source: Source) -> None:
     source.warm_up()
     offsets = [(100 + place) * PAGE for place in range(100)]

@@ -28,9 +28,9 @@ from tests.wire.streams import BIG, BLOCKS, HUGE, PAGE, RAM, VGA
 
 def test_requests_have_the_bytes_that_real_destinations_send() -> None:
     writer = ReturnPathWriter()
-    first = writer.request_page("pc.ram", 0xF00000, PAGE)
+    first = writer.request_pages("pc.ram", 0xF00000, PAGE)
     assert first == bytes.fromhex("0003 0013 0000000000f00000 00001000 06") + b"pc.ram"
-    second = writer.request_page("pc.ram", 0xE01000, PAGE)
+    second = writer.request_pages("pc.ram", 0xE01000, PAGE)
     assert second == bytes.fromhex("0004 000c 0000000000e01000 00001000")
 
 
@@ -55,7 +55,7 @@ def test_the_block_is_named_first_after_another_one_and_on_a_new_connection() ->
         if block is None:
             writer.new_connection()
         else:
-            kinds.append(writer.request_page(block, 0, PAGE)[1])
+            kinds.append(writer.request_pages(block, 0, PAGE)[1])
     assert kinds == [3, 4, 3, 3, 3, 4]
 
 
@@ -64,9 +64,9 @@ def test_the_block_is_named_first_after_another_one_and_on_a_new_connection() ->
     [
         lambda writer: writer.pong(1 << 32),
         lambda writer: writer.shut(-1),
-        lambda writer: writer.request_page("a", 1 << 64, PAGE),
-        lambda writer: writer.request_page("", 0, PAGE),
-        lambda writer: writer.request_page("a" * 256, 0, PAGE),
+        lambda writer: writer.request_pages("a", 1 << 64, PAGE),
+        lambda writer: writer.request_pages("", 0, PAGE),
+        lambda writer: writer.request_pages("a" * 256, 0, PAGE),
         lambda writer: writer.received_bitmap("a", bytes(7)),
     ],
 )
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused_and_does_not_count_as_named(
     writer = ReturnPathWriter()
     with pytest.raises(ValueError, match=r"fit|must have|whole 8 bytes"):
         make(writer)
-    assert writer.request_page("a", 0, PAGE)[1] == 3
+    assert writer.request_pages("a", 0, PAGE)[1] == 3
 
 
 def bitmap_of(block: BlockEntry, seed: int) -> bytes:
@@ -117,7 +117,7 @@ def encode(writer: ReturnPathWriter, message: ReturnMessage) -> bytes:
         case SwitchoverAck():
             return writer.switchover_ack()
         case PageRequest(block, offset, length):
-            return writer.request_page(block, offset, length)
+            return writer.request_pages(block, offset, length)
         case ReceivedBitmap(block, bitmap):
             return writer.received_bitmap(block, bitmap)
 
@@ -214,13 +214,13 @@ def test_a_return_path_that_stops_in_the_middle_is_told() -> None:
 def test_a_new_connection_forgets_half_a_message_the_block_and_a_mistake() -> None:
     reader = ReturnPathReader(BLOCKS)
     writer = ReturnPathWriter()
-    reader.feed(writer.request_page(BIG.name, 0, HUGE) + b"\0\2")
+    reader.feed(writer.request_pages(BIG.name, 0, HUGE) + b"\0\2")
     reader.new_connection()
     with pytest.raises(ProtocolError, match="before a REQ_PAGES_ID"):
-        reader.feed(writer.request_page(BIG.name, 0, HUGE))
+        reader.feed(writer.request_pages(BIG.name, 0, HUGE))
     reader.new_connection()
     writer.new_connection()
-    assert list(reader.feed(writer.request_page(BIG.name, 0, HUGE))) == [
+    assert list(reader.feed(writer.request_pages(BIG.name, 0, HUGE))) == [
         PageRequest(BIG.name, 0, HUGE)
     ]
     reader.connection_lost()
