@@ -2,9 +2,9 @@
 
 A guest that goes on after a move misses its working set page by page: the kernel's code and data,
 a stack, a table that is walked. Each of these faults costs a round trip, one behind the other. So
-where faults come close to each other, in place and in time, the pages around the next one are
-asked for as well, the more the longer it goes on. Faults that are spread over the memory are left
-alone: there the neighbours are of no use to anybody, and what follows would queue behind them.
+where a fault comes close to one of the last few, the pages around it are asked for as well, the
+more the longer it goes on. Faults that are spread over the memory are left alone: there the
+neighbours are of no use to anybody, and what follows would queue behind them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from postcopyd.ram.block import RamBlock
 from postcopyd.ram.page_map import BlockMap
 
 _REGION_SHIFT = 7
-"""Faults on the same 128 pages are close in place ..."""
-_CLOSE_IN_TIME = 20_000_000
-"""... and those that follow each other within this many nanoseconds in time."""
-_REGIONS = 256
-"""Regions that are remembered: those of the last faults."""
+"""Faults on the same 128 pages are close ..."""
+_REGIONS = 16
+"""... as long as no more than this many other such regions have had one in between. Of faults at
+random over 300 MiB one in forty passes for close."""
 _SMALLEST = 4
 _LARGEST = 16
 """Pages of a window: more would hold up the next fault for longer than its own round trip."""
@@ -34,24 +33,20 @@ class FaultAround:
 
     def __init__(self) -> None:
         """Remember nothing yet."""
-        self._recent: OrderedDict[tuple[int, int], tuple[int, int]] = OrderedDict()
+        self._recent: OrderedDict[tuple[int, int], int] = OrderedDict()
 
-    def window(self, block: RamBlock, page: int, now: int) -> range:
-        """Note a fault, and return the pages of its block to be asked for, its own among them.
+    def window(self, block: RamBlock, page: int) -> range:
+        """Note a fault on host page number `page`, and return the pages to be asked for.
 
-        :param page: number of the host page.
-        :param now: in nanoseconds, never before the last one.
+        They are of the same block, and `page` is one of them.
         """
         if block.page_size != HOST_PAGE_SIZE:
             return range(page, page + 1)
         recent = self._recent
         region = (block.index, page >> _REGION_SHIFT)
-        length, last = recent.pop(region, (0, 0))
-        if not length or now - last > _CLOSE_IN_TIME:
-            length = 1
-        else:
-            length = min(max(length * 2, _SMALLEST), _LARGEST)
-        recent[region] = (length, now)
+        before = recent.pop(region, 0)
+        length = min(max(before * 2, _SMALLEST), _LARGEST) if before else 1
+        recent[region] = length
         if len(recent) > _REGIONS:
             recent.popitem(last=False)
         first = page - page % length

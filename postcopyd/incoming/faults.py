@@ -142,7 +142,7 @@ class FaultHandler:
             if not maps.requested[page]:
                 maps.requested[page] = 1
                 requests.append((block, range(page, page + 1)))
-                window = self._around.window(block, page, now)
+                window = self._around.window(block, page)
                 if len(window) > 1:
                     around.append((block, window))
         if requests:

@@ -280,6 +280,8 @@ class IncomingMigration:
         assert link is not None
         if not self._recipient.place(message, channel):
             link.pause()
+        if self._recipient.waiting:
+            link.main.go_carefully()
 
     def _pong(self, value: int) -> None:
         assert self._link is not None

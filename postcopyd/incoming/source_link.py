@@ -156,6 +156,7 @@ class SourceLink:
             fault_window=self._settings.fault_window,
             urgent=True,
         )
+        self.main.requests_come_elsewhere()
         self._preempt_attached(peer)
         if not self.main.paused:
             self.preempt.resume()

@@ -22,8 +22,13 @@ _RECEIVES_A_TURN = 4
 """Receives in one turn of the event loop."""
 
 _READ_AHEAD = 128
-_READ_AHEAD_GENTLY = 16
-"""Pages that one receive may bring."""
+_READ_AHEAD_CAREFULLY = 16
+_READ_AHEAD_BESIDE = 64
+"""Pages that one receive may bring: at most, while the guest faults, and while it faults and what
+it waits for comes on another connection. What was received stands before a requested page."""
+
+_CAREFUL_FOR = 64
+"""Receives for which the guest is taken to be faulting after a fault."""
 
 
 class Reader(Protocol):
@@ -91,7 +96,9 @@ class StreamConnection:
         self._faults_first = faults_first
         self._lost = lost
         self._waiting: Iterator[Message] = iter(())
-        self._receives = _RECEIVES_A_TURN
+        self._careful = 0
+        self._read_ahead_carefully = _READ_AHEAD_CAREFULLY
+        self._gently = False
         self._reading = False
         self._paused = True
         self.closed = False
@@ -104,8 +111,26 @@ class StreamConnection:
 
     def go_gently(self, gently: bool) -> None:
         """Receive little in a turn of the event loop, because others wait for theirs; or not."""
-        self._receives = 1 if gently else _RECEIVES_A_TURN
-        self.reader.read_ahead_pages = _READ_AHEAD_GENTLY if gently else _READ_AHEAD
+        self._gently = gently
+        self._read_ahead()
+
+    def go_carefully(self) -> None:
+        """Receive little at once for a while, and look at the faults often: the guest faults."""
+        self._careful = _CAREFUL_FOR
+        self._read_ahead()
+
+    def requests_come_elsewhere(self) -> None:
+        """Say that what is asked for comes on another connection, past this one."""
+        self._read_ahead_carefully = _READ_AHEAD_BESIDE
+
+    def _read_ahead(self) -> None:
+        if self._gently:
+            pages = _READ_AHEAD_CAREFULLY
+        elif self._careful:
+            pages = self._read_ahead_carefully
+        else:
+            pages = _READ_AHEAD
+        self.reader.read_ahead_pages = pages
 
     def pause(self) -> None:
         """Deliver and receive nothing until `resume`."""
@@ -138,7 +163,7 @@ class StreamConnection:
 
     def _receive(self) -> None:
         reader = self.reader
-        for _ in range(self._receives):
+        for _ in range(1 if self._gently else _RECEIVES_A_TURN):
             room = reader.buffers()
             try:
                 count = self._receive_into(room)[0]
@@ -154,10 +179,17 @@ class StreamConnection:
             if self._acknowledge:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             try:
-                self._waiting = _in_parts(reader.received(count))
+                messages = reader.received(count)
             except ProtocolError as error:
                 self._stop(error)
                 return
+            if self._careful:
+                self._waiting = _in_parts(messages)
+                self._careful -= 1
+                if not self._careful:
+                    self._read_ahead()
+            else:
+                self._waiting = iter(messages)
             if not self._deliver_waiting():
                 return
             if count < len(room) * _ENTRY:

@@ -5,7 +5,7 @@
  * source PORT PREAMBLE NAME PAGES HOST_PAGE ORDER REQUESTS
  *
  * Sends the file PREAMBLE (a stream up to the package), then pages of the block NAME:
- * ORDER none        only what is asked for, until REQUESTS requests have been answered
+ * ORDER none        only what is asked for, until REQUESTS faults have been answered
  * ORDER contiguous  every page in order; scattered: in random order; zero: zero pages in order.
  * Requests go first; between them the background fills the socket, never further ahead than
  * TCP_NOTSENT_LOWAT. Then the end of the stream; leaves when it has read SHUT.
@@ -59,17 +59,20 @@ static size_t records(unsigned char *at, uint64_t host_page)
     return (size_t)(at - start);
 }
 
-static void answer(uint64_t offset, unsigned char *buffer)
+static void answer(uint64_t offset, uint64_t length, unsigned char *buffer)
 {
     uint64_t host_page = offset / PAGE / per_host_page;
-    answered++;
-    if (host_page >= pages || sent[host_page])
-        return;
-    sent[host_page] = 1;
-    write_all(sock, buffer, records(buffer, host_page));
+    uint64_t beyond = (offset + length) / PAGE / per_host_page;
+    for (; host_page < beyond && host_page < pages; host_page++) {
+        if (sent[host_page])
+            continue;
+        sent[host_page] = 1;
+        write_all(sock, buffer, records(buffer, host_page));
+    }
 }
 
-/* Return path: PONG and SHUT carry 4 bytes; requests begin with the offset. */
+/* Return path: PONG and SHUT carry 4 bytes; requests carry offset and length. The guest is one
+ * thread, so what comes in one go is one fault and the pages that are asked for around it. */
 static void read_return_path(unsigned char *buffer)
 {
     static unsigned char input[65536];
@@ -86,6 +89,7 @@ static void read_return_path(unsigned char *buffer)
     }
     filled += (size_t)got;
     size_t place = 0;
+    int asked = 0;
     while (filled - place >= 4) {
         unsigned type = input[place] << 8 | input[place + 1];
         unsigned length = input[place + 2] << 8 | input[place + 3];
@@ -93,10 +97,13 @@ static void read_return_path(unsigned char *buffer)
             break;
         if (type == 1)
             finished = 1;
-        if (type == 3 || type == 4)
-            answer(get_u64(input + place + 4), buffer);
+        if (type == 3 || type == 4) {
+            asked = 1;
+            answer(get_u64(input + place + 4), get_u32(input + place + 12), buffer);
+        }
         place += 4 + length;
     }
+    answered += asked;
     memmove(input, input + place, filled - place);
     filled -= place;
 }

@@ -40,6 +40,13 @@ static inline uint64_t get_u64(const unsigned char *at)
     return be64toh(value);
 }
 
+static inline uint32_t get_u32(const unsigned char *at)
+{
+    uint32_t value;
+    memcpy(&value, at, 4);
+    return be32toh(value);
+}
+
 static inline uint64_t now_ns(void)
 {
     struct timespec time;

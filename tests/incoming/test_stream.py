@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -127,13 +127,35 @@ class Delivered:
         self._done.set()
         self.stream.close()
 
-    def most_between(self, what: str) -> int:
-        """Most pages that were delivered between two of these."""
-        most = count = 0
-        for entry in self.log:
-            count = 0 if entry == what else count + entry if isinstance(entry, int) else count
-            most = max(most, count)
-        return most
+
+async def delivered_of(
+    pages: int, prepare: Callable[[StreamConnection], None]
+) -> tuple[Delivered, list[int | str]]:
+    """Receive neighbouring pages from a source that is ahead; return the log of it as well."""
+    ours, source = socket.socketpair()
+    for end, option in ((ours, socket.SO_RCVBUF), (source, socket.SO_SNDBUF)):
+        end.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
+    delivered = Delivered(ours)
+    prepare(delivered.stream)
+    with source:
+        sending = asyncio.create_task(send(source, neighbours(pages)))
+        await delivered.until(pages)
+        await sending
+    return delivered, delivered.log
+
+
+def pages_of(log: list[int | str]) -> list[int]:
+    """How many pages each message had."""
+    return [entry for entry in log if isinstance(entry, int)]
+
+
+def most_between(what: str, log: list[int | str]) -> int:
+    """Most pages that were delivered between two of these."""
+    most = count = 0
+    for entry in log:
+        count = 0 if entry == what else count + entry if isinstance(entry, int) else count
+        most = max(most, count)
+    return most
 
 
 def neighbours(count: int) -> bytes:
@@ -151,23 +173,40 @@ async def send(source: socket.socket, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gently", "a_turn"), [(False, 4 * 128), (True, 16)], ids=["in a hurry", "gently"]
+    ("prepare", "at_once", "between_looks", "a_turn"),
+    [
+        (lambda stream: None, 128, 128, 4 * 128),
+        (lambda stream: stream.go_carefully(), 16, 16, 4 * 16),
+        (lambda stream: stream.go_gently(True), 16, 16, 16),
+    ],
+    ids=["in a hurry", "while the guest faults", "while others need their turns"],
 )
-async def test_faults_are_looked_after_every_few_pages_and_a_turn_is_bounded(
-    gently: bool, a_turn: int
+async def test_what_comes_before_a_fault_and_in_a_turn_is_bounded(
+    prepare: Callable[[StreamConnection], None], at_once: int, between_looks: int, a_turn: int
 ) -> None:
-    ours, source = socket.socketpair()
-    for end, option in ((ours, socket.SO_RCVBUF), (source, socket.SO_SNDBUF)):
-        end.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
-    delivered = Delivered(ours)
-    delivered.stream.go_gently(gently)
-    with source:
-        sending = asyncio.create_task(send(source, neighbours(1000)))
-        await delivered.until(1000)
-        await sending
-    assert 0 < delivered.most_between("look") <= 32
-    assert 0 < delivered.most_between("turn") <= a_turn
-    assert max(entry for entry in delivered.log if isinstance(entry, int)) <= 16
+    delivered, log = await delivered_of(1000, prepare)
+    assert max(pages_of(log)) <= at_once
+    assert most_between("look", log) <= between_looks
+    assert most_between("turn", log) <= a_turn
+    assert sum(pages_of(log)) == delivered.pages == 1000
+
+
+async def test_what_comes_past_a_preempt_channel_is_received_ahead_and_still_looked_between() -> (
+    None
+):
+    def prepare(stream: StreamConnection) -> None:
+        stream.requests_come_elsewhere()
+        stream.go_carefully()
+
+    _, log = await delivered_of(1000, prepare)
+    assert most_between("look", log) <= 16
+    assert most_between("turn", log) > 4 * 16
+
+
+async def test_a_guest_that_faults_no_more_gets_the_rest_quickly() -> None:
+    _, log = await delivered_of(3000, lambda stream: stream.go_carefully())
+    assert pages_of(log)[0] <= 16
+    assert max(pages_of(log)) > 64
 
 
 @pytest.mark.parametrize("urgent", [True, False])
