@@ -38,7 +38,7 @@ def cases(quick: bool) -> list[Case]:
     size = 16 << 20 if quick else 1 << 30
     faults = 50 if quick else 4000
     return [
-        Case("fault, idle", "none", size // 4, faults=faults),
+        Case("fault, idle", "none", size if quick else size // 4, faults=faults),
         Case("fault, background at full rate", "contiguous", size, faults=1 << 20),
         Case("contiguous 4 KiB", "contiguous", size),
         Case("scattered 4 KiB", "scattered", size),
