@@ -8,12 +8,14 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 VENV := .venv
 RUN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= stream resumed preempt return-path handoff firecracker answers journal channel texts
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/postcopyd
 
 # What the tests use beside Python: a real QEMU (qemu-system-x86), its boot-sector guest (binutils),
 # the checker of its Linux guest and the destination in C that the bench compares with (gcc,
-# libc6-dev), and systemd-analyze for the unit files (systemd).
-DEBIAN_PACKAGES := qemu-system-x86 binutils gcc libc6-dev systemd
+# libc6-dev), systemd-analyze for the unit files (systemd), and a machine of its own with a systemd
+# that has booted (debootstrap, systemd-container).
+DEBIAN_PACKAGES := qemu-system-x86 binutils gcc libc6-dev systemd debootstrap systemd-container
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MYPY_CACHE_DIR := $(CACHE)/mypy
@@ -22,7 +24,7 @@ PIP_INSTALL := $(RUN)/python -m pip install -qq --editable
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-vm fuzz clean debian-packages guests
+.PHONY: help demo test lint format bench bench-vm torture soak fuzz clean debian-packages guests machine
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -30,7 +32,7 @@ help: ## List the targets
 demo: $(VENV)/installed ## Migrate a guest into a process on this machine and verify its memory
 	@$(RUN)/postcopyctl demo
 
-test: debian-packages guests lint ## Install what the tests need, lint, run all tests
+test: debian-packages guests machine lint ## Install what the tests need, lint, run all tests
 	$(RUN)/python -m pytest
 
 lint: $(VENV)/installed-dev ## Check style, formatting, types and the order of imports
@@ -49,13 +51,15 @@ bench: debian-packages $(VENV)/installed-dev ## Measure against a destination wr
 bench-vm: debian-packages guests ## Migrate a checked guest, by QEMU itself and by postcopyd (ARGS="--quick")
 	@$(RUN)/python -m tests.bench_vm $(ARGS)
 
-fuzz: $(VENV)/installed-dev ## Fuzz each reader of the wire for FUZZ_SECONDS (60)
-	$(RUN)/python -m tests.fuzz.fuzz_stream stream --seconds $(FUZZ_SECONDS) \
-		--corpus $(CACHE)/fuzz/stream
-	$(RUN)/python -m tests.fuzz.fuzz_stream preempt --seconds $(FUZZ_SECONDS) \
-		--corpus $(CACHE)/fuzz/preempt
-	$(RUN)/python -m tests.fuzz.fuzz_stream return-path --seconds $(FUZZ_SECONDS) \
-		--corpus $(CACHE)/fuzz/return-path
+torture: debian-packages guests ## Go through every case of the matrices that `make test` takes samples of
+	$(RUN)/python -m pytest tests/torture --full --timeout 7200 $(ARGS)
+
+soak: $(VENV)/installed-dev ## Run 16 migrations at a time for an hour, with faults of all kinds (ARGS="--minutes 5")
+	@$(RUN)/python -m tests.torture.soak $(ARGS)
+
+fuzz: $(VENV)/installed-dev ## Fuzz each reader of what comes from outside for FUZZ_SECONDS (60)
+	for target in $(FUZZ_TARGETS); do $(RUN)/python -m tests.fuzz $$target \
+		--seconds $(FUZZ_SECONDS) --corpus $(CACHE)/fuzz/$$target || exit 1; done
 
 clean: ## Remove the virtual environment and what tools have left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
@@ -68,6 +72,10 @@ debian-packages:
 # A newer QEMU beside Debian's own, and the kernel of its guest: below $(CACHE), nothing is installed.
 guests: debian-packages $(VENV)/installed-dev
 	@$(RUN)/python -m tests.interop.fetch
+
+# A Debian that is booted in a container: below $(CACHE) as well.
+machine: debian-packages $(VENV)/installed-dev
+	@$(RUN)/python -m tests.system.image
 
 $(VENV)/bin/python:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \

@@ -5,10 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
+from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 _TIMEOUT: Final = 30.0  # seconds for an answer that nothing has to be waited for
+_PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds before a question is asked again whose answer was cut off."""
 
 
 class ControlError(Exception):
@@ -27,7 +31,7 @@ class ControlClient:
     """One daemon. Every call opens a connection of its own, so calls may come from any thread.
 
     A migration is returned as the control API gives it (`postcopyd.incoming.report.Report` as a
-    dictionary, and `listen` and `handoff` with it). Every call raises `ControlError`.
+    dictionary, and what the daemon knows beside it). Every call raises `ControlError`.
     """
 
     def __init__(self, path: str) -> None:
@@ -43,14 +47,22 @@ class ControlClient:
         """Return one migration."""
         return self._ask("GET", _path_of(name))
 
-    def create(self, name: str, listen: str = "", handoff: str = "") -> dict[str, Any]:
-        """Create a migration; an address left empty is the daemon's choice."""
-        wish = {"name": name, "listen": listen, "handoff": handoff}
+    def create(
+        self, name: str, listen: str = "", handoff: str = "", allowed: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Create a migration; an address left empty is the daemon's choice.
+
+        :param allowed: names in certificates that may be its source; without any, all that the
+            daemon is configured to allow.
+        """
+        wish = {"name": name, "listen": listen, "handoff": handoff, "allowed_sources": allowed}
         return self._ask("POST", "/v1/migrations", json.dumps(wish).encode())
 
-    def receive_qemu(self, qmp: str, listen: str = "", name: str = "") -> dict[str, Any]:
+    def receive_qemu(
+        self, qmp: str, listen: str = "", name: str = "", allowed: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Create a migration for the QEMU whose QMP socket is at `qmp`; the daemon adopts it."""
-        wish = {"qmp": qmp, "listen": listen, "name": name}
+        wish = {"qmp": qmp, "listen": listen, "name": name, "allowed_sources": allowed}
         return self._ask("POST", "/v1/qemu", json.dumps(wish).encode())
 
     def retry(self, name: str, qmp: str) -> dict[str, Any]:
@@ -70,12 +82,34 @@ class ControlClient:
         query = "?" + urlencode({"force": 1}) if force else ""
         return self._ask("DELETE", _path_of(name) + query)
 
+    def abandon(self, name: str, force: bool = False) -> dict[str, Any]:
+        """Give up what has not come; return the migration when that is done."""
+        wish = json.dumps({"force": force}).encode()
+        return self._ask("POST", _path_of(name) + "/abandon", wish, within=None)
+
     def check(self) -> dict[str, Any]:
         """Return what the host can do, as the daemon sees it."""
         return self._ask("GET", "/v1/check", within=60.0)
 
     def _ask(
         self, method: str, path: str, body: bytes | None = None, within: float | None = _TIMEOUT
+    ) -> dict[str, Any]:
+        for pause in _PAUSES if method == "GET" else ():
+            try:
+                return self._ask_once(method, path, body, within)
+            except ConnectionResetError:
+                time.sleep(pause)  # it was killed, and another one goes on
+        try:
+            return self._ask_once(method, path, body, within)
+        except ConnectionResetError:
+            raise ControlError(
+                "unreachable",
+                f"postcopyd at {self._path} has hung up before it answered",
+                "postcopyctl list tells what has come of it",
+            ) from None
+
+    def _ask_once(
+        self, method: str, path: str, body: bytes | None, within: float | None
     ) -> dict[str, Any]:
         connection = _UnixConnection(self._path, within)
         try:
@@ -88,6 +122,8 @@ class ControlClient:
                 f"postcopyd at {self._path} does not answer",
                 "systemctl status postcopyd tells how it is",
             ) from None
+        except ConnectionResetError:
+            raise
         except (http.client.HTTPException, ValueError) as error:
             raise ControlError(
                 "unreachable",

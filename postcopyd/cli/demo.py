@@ -134,6 +134,7 @@ async def _daemon(directory: Path) -> AsyncIterator[ControlClient]:
         )
         async with _ended(child, "TERM"):
             await _wait_until_ready(notify, child)
+            notify.close()  # what it says from here on is not waited for
             yield ControlClient(str(directory / "control.sock"))
 
 

@@ -1,4 +1,4 @@
-"""postcopyctl list, show, create, wait, cancel: the migrations of a running daemon."""
+"""postcopyctl list, show, create, wait, cancel, abandon: the migrations of a running daemon."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from postcopyd.cli.sizes import format_size
 from postcopyd.daemon.printable import printable
 
 _PROGRAM = "postcopyctl"
+_UNREADABLE = "unreadable"
+_SECURITY = {"unix": "by user", "plain": "none: plain TCP", "tls": "TLS"}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,7 +23,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     create = _add(subparsers, "create", _create, "create a migration, to wait for VMM and source")
     wait = _add(subparsers, "wait", _wait, "wait until a migration has ended")
     cancel = _add(subparsers, "cancel", _cancel, "end a migration, or forget one that has ended")
-    for parser in (show, create, wait, cancel):
+    abandon = _add(
+        *(subparsers, "abandon", _abandon),
+        "give up what has not come: the guest gets memory errors there, and keeps the rest",
+    )
+    for parser in (show, create, wait, cancel, abandon):
         parser.add_argument("name", metavar="NAME", help="the migration")
     create.add_argument(
         "--listen",
@@ -36,6 +42,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATH",
         help="a handoff socket of its own, for a VMM that cannot name its migration",
     )
+    add_allow_source(create)
     wait.add_argument(
         "--timeout", type=_seconds, metavar="SECONDS", help="how long to wait (default: for ever)"
     )
@@ -43,6 +50,22 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--force",
         action="store_true",
         help="even if the source cannot take the guest back: the guest is lost",
+    )
+    abandon.add_argument(
+        "--force", action="store_true", help="even if its source is connected, and may send more"
+    )
+
+
+def add_allow_source(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says whose certificates are taken; it may be given several times."""
+    parser.add_argument(
+        "--allow-source",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name in the source's TLS certificate, node7.example.org or CN=node7,O=Example, "
+        "where * stands for any part; may be given more than once (default: all that the daemon "
+        "is configured to allow)",
     )
 
 
@@ -90,11 +113,15 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _create(arguments: argparse.Namespace) -> int:
     client = _client(arguments)
-    migration = client.create(arguments.name, arguments.listen, arguments.handoff)
+    migration = client.create(
+        arguments.name, arguments.listen, arguments.handoff, arguments.allow_source
+    )
     if arguments.json:
         print_json(migration)
     else:
         print(f"{migration['name']} waits for its source at {_listed(migration['listen'])}")
+        if migration["security"] == "tls":
+            print("and asks it for a certificate (TLS)")
         if migration["handoff"]:
             print(f"and for its VMM at {migration['handoff']}")
     return 0
@@ -112,6 +139,8 @@ def _wait(arguments: argparse.Namespace) -> int:
     reason = f": {migration['failure']}" if migration["failure"] else ""
     if state == "failed":
         print_error(_PROGRAM, f"{arguments.name} has failed{reason}")
+    elif state == "abandoned":
+        print_error(_PROGRAM, f"{arguments.name} was abandoned: {_describe_missing(migration)}")
     else:
         print_error(_PROGRAM, f"{arguments.name} is still under way, in state {state}{reason}")
     return 1
@@ -126,6 +155,20 @@ def _cancel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _abandon(arguments: argparse.Namespace) -> int:
+    migration = _client(arguments).abandon(arguments.name, arguments.force)
+    if arguments.json:
+        print_json(migration)
+    if migration["state"] != "abandoned":
+        print_error(_PROGRAM, f"{arguments.name} has failed: {migration['failure']}")
+        return 1
+    if not arguments.json:
+        print(f"{arguments.name} is abandoned: {_describe_missing(migration)}")
+        if migration["missing_list"]:
+            print(f"They are listed in {migration['missing_list']}")
+    return 0
+
+
 # -- tables ----------------------------------------------------------------------------------
 
 
@@ -137,6 +180,9 @@ def _print_list(migrations: Iterable[dict[str, Any]]) -> None:
         right = title in ("RECEIVED", "FAULTS")
         table.add_column(title, justify="right" if right else "left", no_wrap=title == "NAME")
     for migration in migrations:
+        if migration["state"] == _UNREADABLE:
+            table.add_row(printable(migration["name"]), _UNREADABLE)
+            continue
         source = migration["peer"] or f"(waited for at {_listed(migration['listen'])})"
         cells = (
             migration["name"],
@@ -180,13 +226,25 @@ def _facts(migration: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "state", migration["state"]
     if migration["failure"]:
         yield "reason", migration["failure"]
+    if migration["state"] == _UNREADABLE:
+        yield "guest", "waits, until a version is started that can read what was left of it"
+        return
+    if migration["network"]:
+        yield "network", migration["network"]
     yield "VMM", migration["vmm"] or "waited for"
     if migration["handoff"]:
         yield "handoff", migration["handoff"]
     yield "source", migration["peer"] or "waited for"
     yield "listens on", _listed(migration["listen"])
+    yield "security", _SECURITY[migration["security"]]
+    if migration["allowed_sources"]:
+        yield "may be source", "  ".join(migration["allowed_sources"])
     if migration["machine"]:
         yield "machine", migration["machine"]
+    if migration["state"] == "abandoned":
+        yield "missing", _describe_missing(migration)
+    if migration["missing_list"]:
+        yield "listed in", migration["missing_list"]
     yield "received", f"{format_size(migration['received'])} of {format_size(migration['length'])}"
     yield "stream", format_size(migration["bytes_received"])
     yield (
@@ -209,6 +267,13 @@ def _facts(migration: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "downtime", f"{migration['downtime_seconds'] * 1e3:.1f} ms from switchover to running"
     if migration["window_seconds"] is not None:
         yield "all memory", f"{migration['window_seconds']:.3f} s after the switchover"
+
+
+def _describe_missing(migration: dict[str, Any]) -> str:
+    missing = migration["missing"]
+    size = format_size(sum(one["length"] for one in missing))
+    ranges = f"{len(missing)} range{'' if len(missing) == 1 else 's'}"
+    return f"{size} in {ranges} never came, and are memory errors"
 
 
 def _listed(addresses: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ MODULES: Final = {
     "create": "postcopyd.cli.migrations",
     "wait": "postcopyd.cli.migrations",
     "cancel": "postcopyd.cli.migrations",
+    "abandon": "postcopyd.cli.migrations",
     "receive-qemu": "postcopyd.cli.receive_qemu",
     "retry": "postcopyd.cli.receive_qemu",
     "send": "postcopyd.cli.send",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Sequence
@@ -20,9 +21,12 @@ _PROGRAM: Final = "postcopyd"
 
 FAILED: Final = 1
 WRONG: Final = 2
+TO_BE_STARTED_AGAIN: Final = 75
+"""EX_TEMPFAIL of sysexits.h; RestartForceExitStatus= of the unit."""
 
 _EPILOG: Final = (
-    "exit status: 0 done, 1 failed, 2 wrong usage or a wrong configuration. See postcopyd(8)."
+    "exit status: 0 done, 1 failed, 2 wrong usage or a wrong configuration, 75 to be started "
+    "again. See postcopyd(8)."
 )
 
 
@@ -63,15 +67,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     configuration = Configuration() if path is None else _load(path)
     if configuration is None:
         return WRONG
-    # structlog takes rich along where there is one, for tracebacks that the daemon does not draw:
-    # 5 MiB for as long as it runs. What is None here cannot be imported.
-    sys.modules["rich"] = None  # type: ignore[assignment]
     # Imported only now: a mistake in the configuration is told at once.
-    import uvloop
-
-    from postcopyd.daemon import logging, service
+    from postcopyd.daemon import logging, supervisor, worker
 
     with ExitStack() as resources:
+        try:
+            workers = worker.start_all(configuration.number_of_workers(), resources)
+        except OSError as error:
+            print_error(_PROGRAM, f"cannot start a worker: {error.strerror}")
+            return FAILED
         try:
             resources.enter_context(
                 logging.configured(configuration.log.level, configuration.log.format)
@@ -80,15 +84,25 @@ def _serve(arguments: argparse.Namespace) -> int:
             print_error(_PROGRAM, str(error), 'set format under [log] to "auto"')
             return FAILED
         try:
-            uvloop.run(service.serve(configuration, os.environ))
-        except service.CannotStart as error:
+            to_be_started_again = asyncio.run(
+                supervisor.supervise(configuration, os.environ, workers)
+            )
+        except supervisor.CannotStart as error:
             logging.get_logger().error("cannot start", reason=str(error))
             return FAILED
-    return 0
+    return TO_BE_STARTED_AGAIN if to_be_started_again else 0
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
-    if _load(arguments.config) is None:
+    configuration = _load(arguments.config)
+    if configuration is None:
+        return WRONG
+    from postcopyd.daemon.tls_files import check_files
+
+    try:
+        check_files(arguments.config, configuration.tls)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
         return WRONG
     print(f"{arguments.config} is right")
     return 0

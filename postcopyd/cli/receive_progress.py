@@ -23,6 +23,8 @@ _DOING: Final = {
     "paused": "paused",
     "recover": "the source is back",
     "end": "all memory is here",
+    "abandoning": "abandoned: what is missing becomes a memory error",
+    "abandoned": "abandoned: a part of the memory never came",
     "failed": "failed",
 }
 

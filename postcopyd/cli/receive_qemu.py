@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from postcopyd.cli.control_client import ControlClient
+from postcopyd.cli.migrations import add_allow_source
 from postcopyd.cli.output import console, print_error, print_json
 from postcopyd.cli.receive_progress import ReceiveProgress
 from postcopyd.cli.sizes import format_size
@@ -40,6 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     receive.add_argument(
         "--name", default="", help="name of the migration (default: made of the process id)"
     )
+    add_allow_source(receive)
     receive.set_defaults(func=_receive)
     retry = subparsers.add_parser(
         "retry",
@@ -61,10 +63,14 @@ def _receive(arguments: argparse.Namespace) -> int:
     client = ControlClient(arguments.control)
     # The daemon may run elsewhere in the file system than we do.
     monitor = str(Path(arguments.qmp).absolute())
-    migration = client.receive_qemu(monitor, arguments.listen, arguments.name)
+    migration = client.receive_qemu(
+        monitor, arguments.listen, arguments.name, arguments.allow_source
+    )
     name = migration["name"]
     for address in migration["listen"]:
         print(f"{name} waits for its source at {address}", file=sys.stderr)
+    if migration["security"] == "tls":
+        print(f"{name} asks it for a certificate: it needs tls-creds", file=sys.stderr)
     return _see_it_through(client, migration, arguments.json)
 
 
@@ -80,13 +86,19 @@ def _see_it_through(client: ControlClient, migration: dict[str, Any], as_json: b
     with ReceiveProgress(sys.stderr) as progress:
         while True:
             progress.show(migration)
-            if migration["state"] in ("end", "failed"):
+            if migration["state"] in ("end", "failed", "abandoned"):
                 break
             migration = client.wait(name, _LOOK)
     if as_json:
         print_json(migration)
     if migration["state"] == "failed":
         print_error(_PROGRAM, f"{name} has failed: {migration['failure']}", _what_now(migration))
+        return 1
+    if migration["state"] == "abandoned":
+        print_error(
+            *(_PROGRAM, f"{name} was abandoned: a part of its memory never came"),
+            f"postcopyctl show {name} tells what is missing",
+        )
         return 1
     if not as_json:
         _print_result(migration)

@@ -5,26 +5,32 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import uvloop
 from rich.console import Console
 
+from postcopyd.cli import send_tls
 from postcopyd.cli.send_progress import ProgressBar, ProgressLines
 from postcopyd.cli.sizes import format_size, parse_size
-from postcopyd.outgoing.connection import ConnectionLost, connect
+from postcopyd.outgoing.connecting import connect, way_back
+from postcopyd.outgoing.connection import LONGEST_BREAK, SHORTEST_BREAK, ConnectionLost
 from postcopyd.outgoing.image import BlockFile, ImageError, MemoryImage
 from postcopyd.outgoing.report import Report
 from postcopyd.outgoing.source import MigrationFailed, OutgoingMigration, Settings
+from postcopyd.outgoing.tls import Tls, TlsStream
 from postcopyd.wire.address import Address
 from postcopyd.wire.device_state import wrap_device_state
 from postcopyd.wire.stream_format import SMALLEST_HOST_PAGE
 
 _DONE: Final = 0
 _FAILED: Final = 1
+_WRONG_USAGE: Final = 2
 _BLOCK_OPTIONS: Final = ("offset", "length", "page-size")
 _T = TypeVar("_T")
 
@@ -45,6 +51,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="ADDRESS",
         help="where the destination listens: tcp:HOST:PORT or unix:PATH",
     )
+    send_tls.register(parser)
     parser.add_argument(
         "--block",
         required=True,
@@ -78,6 +85,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_argument(_bandwidth),
         metavar="SIZE",
         help="bytes a second; pages that the destination asks for are not held back",
+    )
+    parser.add_argument(
+        "--break-after",
+        type=_argument(_break_after),
+        default=Settings().break_after,
+        metavar="SECONDS",
+        help="without an answer from the destination's host, before the connection counts as "
+        "broken (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--retry-for",
+        type=_argument(_seconds),
+        metavar="SECONDS",
+        help="how long to try to come back after a break, 0 not to (default: for ever once the "
+        "destination may have the guest, 60 before that)",
     )
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -117,17 +139,27 @@ def run(arguments: argparse.Namespace) -> int:
     progress = _progress(quiet=arguments.quiet)
     failure: str | None = None
     try:
+        tls = send_tls.from_arguments(arguments)
         with MemoryImage(arguments.block) as image:
             state = arguments.device_state
             migration = OutgoingMigration(
                 image,
                 wrap_device_state(state.read_bytes()) if state else b"",
-                Settings(arguments.machine, arguments.precopy_passes, arguments.max_bandwidth),
+                Settings(
+                    arguments.machine,
+                    arguments.precopy_passes,
+                    arguments.max_bandwidth,
+                    arguments.break_after,
+                    arguments.retry_for,
+                ),
                 progress=progress,
             )
             gc.collect()
             gc.freeze()  # no collection of what stays anyway while a page is waited for
-            uvloop.run(_migrate(migration, arguments.to))
+            uvloop.run(_migrate(migration, arguments.to, tls))
+    except send_tls.WrongUsage as error:
+        print(f"postcopyctl send: {error}", file=sys.stderr)
+        return _WRONG_USAGE
     except (ImageError, MigrationFailed, ConnectionLost, ValueError) as error:
         failure = str(error)
     except OSError as error:
@@ -150,8 +182,21 @@ def run(arguments: argparse.Namespace) -> int:
     return _DONE
 
 
-async def _migrate(migration: OutgoingMigration, address: Address) -> None:
-    await migration.run(await connect(address))
+async def _migrate(migration: OutgoingMigration, address: Address, tls: Tls | None) -> None:
+    connection = await connect(address)
+    connect_again = way_back(connection, address)
+    if tls is None:
+        await migration.run(connection, connect_again)
+    else:
+        secure = tls.secure
+        await migration.run(await secure(connection), lambda: _both(connect_again, secure))
+
+
+async def _both(
+    connect_again: Callable[[], Awaitable[socket.socket]],
+    secure: Callable[[socket.socket], Awaitable[TlsStream]],
+) -> TlsStream:
+    return await secure(await connect_again())
 
 
 def _progress(*, quiet: bool) -> ProgressBar | ProgressLines | None:
@@ -177,17 +222,22 @@ def _summary(report: Report | None, failure: str | None) -> dict[str, Any]:
             "postcopy_bytes": report.postcopy_bytes,
             "requests": report.requests,
             "requests_answered": report.requests_answered,
+            "reconnects": report.reconnects,
+            "pages_again": report.pages_again,
         }
     return summary
 
 
 def _last_words(report: Report) -> str:
     rate = format_size(report.bytes_sent / max(report.seconds, 1e-9))
+    breaks = ""
+    if report.reconnects:
+        breaks = f", {report.reconnects} reconnects, {report.pages_again} pages again"
     return (
         f"sent {format_size(report.bytes_sent)} in {report.seconds:.2f} s ({rate}/s): "
         f"{report.pages} pages, {report.zero_pages} zero pages, "
         f"{report.requests_answered} requests answered, "
-        f"switchover {report.switchover_seconds or 0.0:.3f} s"
+        f"switchover {report.switchover_seconds or 0.0:.3f} s{breaks}"
     )
 
 
@@ -210,6 +260,25 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"{text!r} is not a whole number from 0 on")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _break_after(text: str) -> float:
+    seconds = _seconds(text)
+    if not SHORTEST_BREAK <= seconds <= LONGEST_BREAK:
+        raise ValueError(
+            f"a break after {text} s: {SHORTEST_BREAK:g} to {LONGEST_BREAK:g} are possible"
+        )
+    return seconds
 
 
 def _bandwidth(text: str) -> int:

@@ -18,6 +18,7 @@ _DOING: Final = {
     Phase.SWITCHOVER: "switchover",
     Phase.POSTCOPY: "post-copy",
     Phase.CLOSING: "waiting for the destination",
+    Phase.RECONNECTING: "connected again, asking what has arrived",
     Phase.COMPLETED: "completed",
     Phase.FAILED: "failed",
 }
@@ -25,6 +26,8 @@ _DOING: Final = {
 
 def describe(report: Report) -> str:
     """Return where a migration stands, in one line."""
+    if report.retry_seconds is not None:
+        return f"{report.broken}; trying to come back {_when(report.retry_seconds)}"
     what = _DOING[report.phase]
     if report.phase is Phase.PRECOPY:
         what += f" pass {report.precopy_passes + 1}"
@@ -33,6 +36,10 @@ def describe(report: Report) -> str:
     if report.phase in (Phase.POSTCOPY, Phase.CLOSING, Phase.COMPLETED):
         what += f", {report.requests_answered} requests answered"
     return what
+
+
+def _when(seconds: float) -> str:
+    return f"in {seconds:.2f} s" if seconds else "at once"
 
 
 class ProgressLines:
@@ -46,7 +53,9 @@ class ProgressLines:
     def __call__(self, report: Report) -> None:
         """Write a line if enough has changed since the last one."""
         step = report.phase_bytes * _STEPS // report.phase_total if report.phase_total else 0
-        now = (report.phase, report.precopy_passes, step)
+        # Many tries may meet the same: one line tells of them all.
+        trying = report.retry_seconds is not None
+        now = (report.phase, report.precopy_passes, step, report.broken, trying)
         if now != self._last:
             self._last = now
             print(describe(report), file=self._output, flush=True)

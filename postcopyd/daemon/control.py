@@ -3,23 +3,26 @@
 ============================================  ===================================================
 GET /v1/check                                 what this host can do, as the daemon sees it
 GET /v1/migrations                            {"migrations": [...]}
-POST /v1/migrations                           {"name", "listen"?, "handoff"?}: create one; 201
-POST /v1/qemu                                 {"qmp", "listen"?, "name"?}: one for a QEMU; 201
+POST /v1/migrations                           {"name", "listen"?, "handoff"?, ...}: create one; 201
+POST /v1/qemu                                 {"qmp", "listen"?, "name"?, ...}: one for a QEMU; 201
 GET /v1/migrations/NAME                       one migration
 DELETE /v1/migrations/NAME?force=1            cancel it, or forget it if it has ended
 POST /v1/migrations/NAME/retry                {"qmp"}: another QEMU takes the place of a VMM
+POST /v1/migrations/NAME/abandon              {"force"?}: what has not come is given up
 GET /v1/migrations/NAME/wait?timeout=SECONDS  the migration when it has ended or the time is up
 ============================================  ===================================================
 
-A migration is the engine's report (`postcopyd.incoming.report.Report`) and, beside it, `listen` and
-`handoff`. Every error is {"error": {"code", "message", "hint"}}.
+Both that create one take "allowed_sources"? too. A migration is the engine's report
+(`postcopyd.incoming.report.Report`) and, beside it, `listen`, `security`, `allowed_sources`,
+`handoff`, `missing_list` and `worker`; the list leaves `missing` out. Every error is
+{"error": {"code", "message", "hint"}}.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from http import HTTPStatus
 from typing import Annotated, Any, Final, TypeVar, cast
 
@@ -30,8 +33,12 @@ from postcopyd.daemon import host_check_process
 from postcopyd.daemon.acceptor import Acceptor
 from postcopyd.daemon.entry import Entry
 from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
+from postcopyd.daemon.exchange import Exchange, Handler
+from postcopyd.daemon.left_behind import HeldMigration
 from postcopyd.daemon.logging import get_logger
-from postcopyd.daemon.registry import Registry, RegistryError
+from postcopyd.daemon.qemus import Qemus
+from postcopyd.daemon.registry import Registry
+from postcopyd.daemon.registry_error import RegistryError
 from postcopyd.vmm.peer import AllowedPeers, peer_of
 
 _BODY_LIMIT: Final = 64 << 10  # bytes
@@ -41,6 +48,7 @@ _GRACE: Final = 1.0  # seconds for answers that are under way when the daemon st
 ERROR_STATUSES: Final[dict[str, HTTPStatus]] = {
     "invalid-name": HTTPStatus.BAD_REQUEST,
     "invalid-address": HTTPStatus.BAD_REQUEST,
+    "invalid-source": HTTPStatus.BAD_REQUEST,
     "invalid-request": HTTPStatus.BAD_REQUEST,
     "not-allowed": HTTPStatus.FORBIDDEN,
     "no-such-migration": HTTPStatus.NOT_FOUND,
@@ -48,15 +56,18 @@ ERROR_STATUSES: Final[dict[str, HTTPStatus]] = {
     "past-the-package": HTTPStatus.CONFLICT,
     "vmm-refused": HTTPStatus.CONFLICT,
     "waits-for-no-vmm": HTTPStatus.CONFLICT,
+    "cannot-abandon": HTTPStatus.CONFLICT,
+    "unreadable": HTTPStatus.CONFLICT,
     "address-unusable": HTTPStatus.CONFLICT,
+    "not-secure": HTTPStatus.CONFLICT,
     "too-many-migrations": HTTPStatus.CONFLICT,
     "out-of-resources": HTTPStatus.SERVICE_UNAVAILABLE,
     "stopping": HTTPStatus.SERVICE_UNAVAILABLE,
+    "unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
     "check-failed": HTTPStatus.INTERNAL_SERVER_ERROR,
     "internal-error": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _Query = TypeVar("_Query", bound=msgspec.Struct)
 
 
@@ -64,16 +75,22 @@ class _CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     listen: str = ""
     handoff: str = ""
+    allowed_sources: tuple[str, ...] = ()
 
 
 class _QemuRequest(msgspec.Struct, forbid_unknown_fields=True):
     qmp: str
     listen: str = ""
     name: str = ""
+    allowed_sources: tuple[str, ...] = ()
 
 
 class _RetryRequest(msgspec.Struct, forbid_unknown_fields=True):
     qmp: str
+
+
+class _AbandonRequest(msgspec.Struct, forbid_unknown_fields=True):
+    force: bool = False
 
 
 class _RemoveQuery(msgspec.Struct, forbid_unknown_fields=True):
@@ -85,16 +102,29 @@ class _WaitQuery(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ControlApi:
-    """Serves the control API on a socket."""
+    """Serves the control API on a socket, and on connections that another worker passes on."""
 
-    def __init__(self, listener: socket.socket, registry: Registry, allowed: AllowedPeers) -> None:
+    def __init__(
+        self,
+        listener: socket.socket | None,
+        registry: Registry,
+        allowed: AllowedPeers,
+        number: int = 0,
+        exchange: Exchange | None = None,
+    ) -> None:
         """Take over `listener`: a Unix socket, listening and non-blocking.
 
+        :param listener: None for a worker that is not the front.
         :param allowed: who may use it.
+        :param number: of this worker.
+        :param exchange: the way to other workers; None if there are none, or this is one of them.
         """
         self._registry = registry
+        self._qemus = Qemus(registry)
         self._allowed = allowed
-        self._acceptor = Acceptor(listener, self._connected)
+        self._number = number
+        self._exchange = exchange
+        self._acceptor = None if listener is None else Acceptor(listener, self.take)
         self._connecting: set[asyncio.Task[None]] = set()
         self._working: set[asyncio.Task[Entry]] = set()
         application = web.Application(middlewares=[self._guard], client_max_size=_BODY_LIMIT)
@@ -104,6 +134,7 @@ class ControlApi:
         application.router.add_post("/v1/qemu", self._receive_qemu)
         application.router.add_get("/v1/migrations/{name}", self._show)
         application.router.add_post("/v1/migrations/{name}/retry", self._retry)
+        application.router.add_post("/v1/migrations/{name}/abandon", self._abandon)
         application.router.add_delete("/v1/migrations/{name}", self._remove)
         application.router.add_get("/v1/migrations/{name}/wait", self._wait)
         # Without cancellation the wait of a client that has gone would go on.
@@ -114,17 +145,20 @@ class ControlApi:
     async def start(self) -> None:
         """Serve from now on."""
         await self._runner.setup()
-        self._acceptor.start()
+        if self._acceptor is not None:
+            self._acceptor.start()
 
     async def close(self) -> None:
         """Serve no more and close the socket; answers under way have a second."""
-        self._acceptor.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         await asyncio.gather(*self._connecting, *self._working, return_exceptions=True)
         await self._runner.cleanup()
 
     # -- connections -------------------------------------------------------------------------
 
-    def _connected(self, connection: socket.socket) -> None:
+    def take(self, connection: socket.socket) -> None:
+        """Take over a connection; non-blocking."""
         task = asyncio.get_running_loop().create_task(self._serve(connection))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
@@ -139,10 +173,12 @@ class ControlApi:
             connection.close()
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let only those in who may be, and give every error the one form."""
         try:
             self._check_peer(request)
+            if self._exchange is not None:
+                return await self._exchange.answer(request, handler)
             return await handler(request)
         except RegistryError as error:
             return _error(error.code, error.message, error.hint)
@@ -179,22 +215,37 @@ class ControlApi:
         return _raw(await host_check_process.run())
 
     async def _list(self, request: web.Request) -> web.Response:
-        return _json({"migrations": [entry.view() for entry in self._registry]})
+        migrations = [self._view(entry) for entry in (*self._registry, *self._registry.held)]
+        for migration in migrations:
+            del migration["missing"]  # it may be long
+        if self._exchange is not None:
+            migrations += await self._exchange.lists()
+        return _json({"migrations": migrations})
 
     async def _create(self, request: web.Request) -> web.Response:
         wish = msgspec.json.decode(await request.read(), type=_CreateRequest)
-        entry = self._registry.create(wish.name, wish.listen, wish.handoff)
-        return _json(entry.view(), HTTPStatus.CREATED)
+        entry = await self._registry.open(
+            wish.name, wish.listen, wish.handoff, wish.allowed_sources
+        )
+        await self._registry.settled()
+        return _json(self._view(entry), HTTPStatus.CREATED)
 
     async def _receive_qemu(self, request: web.Request) -> web.Response:
         wish = msgspec.json.decode(await request.read(), type=_QemuRequest)
-        entry = await self._finish(self._registry.receive_qemu(wish.name, wish.listen, wish.qmp))
-        return _json(entry.view(), HTTPStatus.CREATED)
+        entry = await self._finish(
+            self._qemus.receive(wish.name, wish.listen, wish.qmp, wish.allowed_sources)
+        )
+        return _json(self._view(entry), HTTPStatus.CREATED)
 
     async def _retry(self, request: web.Request) -> web.Response:
         wish = msgspec.json.decode(await request.read(), type=_RetryRequest)
-        entry = await self._finish(self._registry.retry(request.match_info["name"], wish.qmp))
-        return _json(entry.view())
+        entry = await self._finish(self._qemus.retry(request.match_info["name"], wish.qmp))
+        return _json(self._view(entry))
+
+    async def _abandon(self, request: web.Request) -> web.Response:
+        wish = msgspec.json.decode(await request.read(), type=_AbandonRequest)
+        entry = await self._finish(self._registry.abandon(request.match_info["name"], wish.force))
+        return _json(self._view(entry))
 
     async def _finish(self, work: Coroutine[Any, Any, Entry]) -> Entry:
         """Carry out what must not stop half way because its client has gone."""
@@ -203,19 +254,26 @@ class ControlApi:
         task.add_done_callback(self._working.discard)
         return await asyncio.shield(task)
 
+    def _view(self, entry: Entry | HeldMigration) -> dict[str, Any]:
+        return entry.view() | {"worker": self._number}
+
     async def _show(self, request: web.Request) -> web.Response:
-        return _json(self._registry.get(request.match_info["name"]).view())
+        return _json(self._view(self._registry.find(request.match_info["name"])))
 
     async def _remove(self, request: web.Request) -> web.Response:
         query = _query(request, _RemoveQuery)
-        entry = await self._registry.remove(request.match_info["name"], query.force)
-        return _json(entry.view())
+        entry = self._registry.find(request.match_info["name"])
+        if isinstance(entry, HeldMigration):
+            self._registry.release(entry, query.force)
+        else:
+            await self._registry.remove(entry.name, query.force)
+        return _json(self._view(entry))
 
     async def _wait(self, request: web.Request) -> web.Response:
         query = _query(request, _WaitQuery)
-        entry = self._registry.get(request.match_info["name"])
+        entry = self._registry.find(request.match_info["name"])
         await entry.wait(query.timeout)
-        return _json(entry.view())
+        return _json(self._view(entry))
 
 
 class _NotAllowed(Exception):

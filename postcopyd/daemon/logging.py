@@ -16,10 +16,17 @@ from functools import partial
 from typing import Any, Final, Literal, TextIO
 
 import msgspec
-import structlog
 
 from postcopyd.daemon import journal
 from postcopyd.daemon.printable import printable
+
+# structlog takes rich along where there is one, for tracebacks that the daemon does not draw: 5 MiB
+# for as long as it runs, and a good part of its start. What is None here cannot be imported.
+_rich = sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+import structlog  # noqa: E402
+
+if _rich is None:
+    del sys.modules["rich"]
 
 Format = Literal["auto", "console", "json", "journal"]
 
@@ -39,7 +46,12 @@ _ONLY_FOR_JOURNAL: Final = ("message_id", "code_file", "code_line", "code_func")
 
 @contextmanager
 def configured(
-    level: str, format: Format, *, stream: TextIO | None = None, journal_path: str | None = None
+    level: str,
+    format: Format,
+    *,
+    stream: TextIO | None = None,
+    journal_path: str | None = None,
+    worker: int | None = None,
 ) -> Iterator[None]:
     """Send log events where the configuration says, until the block is left.
 
@@ -48,6 +60,7 @@ def configured(
     :param level: one of `LEVELS`.
     :param stream: for console and JSON; None for standard error.
     :param journal_path: journald's socket; None for where it always is.
+    :param worker: number that every event has as a field; None for none.
     :raise OSError: if the journal is asked for and there is no journald.
     """
     stream = stream or sys.stderr
@@ -59,6 +72,8 @@ def configured(
         _add_caller,
         structlog.processors.format_exc_info,
     ]
+    if worker is not None:
+        processors.append(partial(_add_worker, worker))
     factory: Callable[..., Any]
     with ExitStack() as resources:
         if format == "journal":
@@ -114,6 +129,13 @@ def _add_caller(
     event["code_file"] = frame.f_code.co_filename
     event["code_line"] = frame.f_lineno
     event["code_func"] = frame.f_code.co_name
+    return event
+
+
+def _add_worker(
+    worker: int, logger: object, method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    event.setdefault("worker", worker)
     return event
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import MutableMapping
+import time
+from collections import deque
+from collections.abc import Callable, MutableMapping
 
 
 class ServiceManager:
@@ -23,9 +26,16 @@ class ServiceManager:
         )
         self._timer: asyncio.TimerHandle | None = None
         self._status = ""
+        self._waiting: deque[tuple[bytes, int | None] | Callable[[], None]] = deque()
+        """What could not be sent yet, with copies of the descriptors that go with it, and who is
+        to be called when what is before it has been."""
+        self._nothing_waits = asyncio.Event()
+        self._nothing_waits.set()
         self._socket: socket.socket | None = None
         if self._address is not None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            with contextlib.suppress(OSError):
+                self._socket.connect(self._address)
 
     def ready(self, status: str) -> None:
         """Tell that everything is up, and keep the watchdog content from here on.
@@ -33,7 +43,7 @@ class ServiceManager:
         Call it in the running event loop: the watchdog is to see that the loop goes round.
         """
         self._status = status
-        self._send("READY=1", f"STATUS={status}")
+        self._send_for_sure("READY=1", f"STATUS={status}")
         if self._watchdog_interval is not None:
             self._feed_watchdog(asyncio.get_running_loop(), self._watchdog_interval)
 
@@ -43,10 +53,43 @@ class ServiceManager:
             self._status = status
             self._send(f"STATUS={status}")
 
+    def reloading(self) -> None:
+        """Tell that the configuration is being read anew; `reloaded` follows."""
+        self._send_for_sure("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def reloaded(self) -> None:
+        """Tell that everything is up again."""
+        self._send_for_sure("READY=1", f"STATUS={self._status}")
+
     def stopping(self, status: str) -> None:
         """Tell that the daemon is on its way down."""
         self._status = status
-        self._send("STOPPING=1", f"STATUS={status}")
+        self._send_for_sure("STOPPING=1", f"STATUS={status}")
+
+    @property
+    def present(self) -> bool:
+        """True if there is one."""
+        return self._socket is not None
+
+    def store(self, name: str, descriptor: int) -> None:
+        """Have a copy of `descriptor` kept, and handed over at the next start (FDSTORE=1)."""
+        # systemd drops what polls as hung up, such as the pidfd of a VMM that has exited.
+        self._send_for_sure("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptor=descriptor)
+
+    def unstore(self, name: str) -> None:
+        """Have what is kept by that name dropped."""
+        self._send_for_sure("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+    def when_told(self, call: Callable[[], None]) -> None:
+        """Call when everything so far is with the service manager; at once if it is."""
+        if self._waiting:
+            self._waiting.append(call)
+        else:
+            call()
+
+    async def told(self) -> None:
+        """Return when all that must be told has been; who ends before loses what it was to keep."""
+        await self._nothing_waits.wait()
 
     def close(self) -> None:
         """Tell nothing more. Idempotent."""
@@ -54,18 +97,60 @@ class ServiceManager:
             self._timer.cancel()
             self._timer = None
         if self._socket is not None:
+            if self._waiting:
+                asyncio.get_running_loop().remove_writer(self._socket)
             self._socket.close()
             self._socket = None
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not callable(waiting) and waiting[1] is not None:
+                os.close(waiting[1])
 
     def _feed_watchdog(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
         self._send("WATCHDOG=1")
         self._timer = loop.call_later(interval, self._feed_watchdog, loop, interval)
 
     def _send(self, *assignments: str) -> None:
-        if self._socket is not None and self._address is not None:
-            # A manager that does not listen must not hold the daemon up, let alone end it.
+        # A manager that does not listen must not hold the daemon up, let alone end it.
+        if self._socket is not None and not self._waiting:
             with contextlib.suppress(OSError):
-                self._socket.sendto("\n".join(assignments).encode(), self._address)
+                self._socket.send("\n".join(assignments).encode())
+
+    def _send_for_sure(self, *assignments: str, descriptor: int | None = None) -> None:
+        """Send, later if the manager has much to read now, and in order."""
+        if self._socket is None:
+            return
+        copy = None if descriptor is None else os.dup(descriptor)
+        self._waiting.append(("\n".join(assignments).encode(), copy))
+        if len(self._waiting) == 1:
+            self._nothing_waits.clear()
+            self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            waiting = self._waiting[0]
+            if callable(waiting):
+                self._waiting.popleft()
+                waiting()
+                continue
+            datagram, descriptor = waiting
+            rights = []
+            if descriptor is not None:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+            try:
+                self._socket.sendmsg([datagram], rights)
+            except BlockingIOError:
+                loop.add_writer(self._socket, self._send_waiting)
+                return
+            except OSError:
+                pass  # there is no manager any more
+            self._waiting.popleft()
+            if descriptor is not None:
+                os.close(descriptor)
+        loop.remove_writer(self._socket)
+        self._nothing_waits.set()
 
 
 def _socket_address(name: str) -> str | None:

@@ -6,4 +6,5 @@ from typing import Final
 
 CONFIGURATION: Final = "/etc/postcopyd/postcopyd.toml"
 CONTROL: Final = "/run/postcopyd/control.sock"
+RECORDS: Final = "/var/lib/postcopyd"
 HANDOFF: Final = "/run/postcopyd/handoff.sock"

@@ -1,7 +1,8 @@
-"""What the daemon asks of its own process: descriptors, memory that stays, a quiet collector."""
+"""What the daemon asks of its process: a name, descriptors, memory that stays, no long pauses."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import resource
@@ -16,6 +17,12 @@ _REMEDY: Final = (
     "raise the limit of locked memory (LimitMEMLOCK=infinity in the unit, ulimit -l unlimited in "
     "a shell), or set memory_lock = false"
 )
+
+
+def set_name(name: str) -> None:
+    """Have ps(1) and top(1) show this process by `name`, of at most 15 bytes (proc(5), comm)."""
+    with contextlib.suppress(OSError):  # where /proc cannot be written to it is python
+        Path("/proc/self/comm").write_text(name)
 
 
 def allow_descriptors(count: int) -> None:

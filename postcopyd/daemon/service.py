@@ -1,113 +1,173 @@
-"""The daemon: puts the parts together, and takes them apart again when it is told to stop."""
+"""A worker's part of the daemon: puts it together, and takes it apart again when told to stop."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
+import contextlib
 import socket
-from collections.abc import MutableMapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from postcopyd.daemon import process, sockets
+from postcopyd.daemon import forwarding, network_watch, process
+from postcopyd.daemon.channel import CONTROL, HANDOFF, Begin
 from postcopyd.daemon.config import Configuration
-from postcopyd.daemon.control import ControlApi
 from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
+from postcopyd.daemon.listing import Listings
 from postcopyd.daemon.logging import get_logger
-from postcopyd.daemon.notify import ServiceManager
-from postcopyd.daemon.registry import Registry, RegistryError, allowed_peers
+from postcopyd.daemon.registry import Registry, allowed_peers
+from postcopyd.daemon.registry_error import RegistryError
+from postcopyd.daemon.supervisor_link import Inheritance, Orders, SupervisorLink
+from postcopyd.daemon.tls_files import TlsFilesError
 from postcopyd.vmm.handoff import HandoffListener
 
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+if TYPE_CHECKING:
+    from postcopyd.daemon.control import ControlApi
+
+
+_GUESTS_FIRST: Final = 0.25
+"""Seconds for sources that come back to migrations of a predecessor, before the rest of the start,
+which takes as long again, is in their way."""
+_FAILED: Final = 1
+_LEAVING: Final = 10.0
+"""Seconds that who is told to leave waits at most for what should not be broken off."""
 
 
 class CannotStart(Exception):
     """The daemon cannot do its work here; the text says why and what to do."""
 
 
-async def serve(configuration: Configuration, environment: MutableMapping[str, str]) -> None:
-    """Be the daemon until a signal says to stop and all that cannot be given up has ended.
+def prepare() -> None:
+    """Do what takes time and can be done by a process that waits for its turn."""
+    _import_control()
+    with contextlib.suppress(Exception):
+        network_watch.load()  # what is wrong with it is told when it is needed
+    process.quiet_collector()
 
-    :param environment: of this process; what the service manager has put there for it is taken
-        out.
-    :raise CannotStart: if a socket cannot be had or a migration of the configuration not created.
+
+def _import_control() -> None:
+    """Import what operators wait for, and guests do not."""
+    import postcopyd.daemon.control
+    import postcopyd.daemon.exchange  # noqa: F401
+
+
+async def serve(
+    configuration: Configuration, begin: Begin, link: SupervisorLink, inherited: Inheritance
+) -> None:
+    """Do a worker's work until all are told to stop and all that cannot be given up has ended.
+
+    :param begin: which worker this is.
+    :param inherited: what predecessors have left of migrations and, for the front, the listening
+        sockets.
+    :raise CannotStart: if a file of TLS is of no use, or a migration of the configuration cannot
+        be created.
     """
-    service = _Service(configuration, ServiceManager(environment))
     try:
-        await service.start(environment)
-        await service.told_to_stop.wait()
-        await service.stop()
-    finally:
-        await service.close()
+        service = _Service(configuration, begin, link)
+        try:
+            try:
+                await service.start(inherited.pop("", {}), inherited)
+            except CannotStart as error:
+                link.cannot_start(str(error))
+                if inherited:
+                    link.leave(_FAILED)  # to close them would be to give them up
+                raise
+            await service.told_to_stop.wait()
+            await service.stop()
+            await link.ended()
+        finally:
+            await service.close()
+    except TlsFilesError as error:
+        link.cannot_start(str(error))
+        raise CannotStart(str(error)) from error
 
 
 class _Service:
-    def __init__(self, configuration: Configuration, manager: ServiceManager) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        begin: Begin,
+        link: SupervisorLink,
+    ) -> None:
         self.told_to_stop = asyncio.Event()
         self._configuration = configuration
-        self._manager = manager
-        self._registry = Registry(configuration, self._changed)
-        self._opened: dict[str, socket.socket] = {}
+        self._begin = begin
+        self._link = link
+        self._registry = Registry(configuration, self._changed, link.keeper, link.settled, link)
+        self._listings = Listings(link.listed, link.unlisted)
+        self._reloading: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._change = asyncio.Event()
         self._handoff: HandoffListener | None = None
         self._control: ControlApi | None = None
-        self._ready = False
 
-    async def start(self, environment: MutableMapping[str, str]) -> None:
-        """Open everything, then tell that we are ready."""
+    async def start(self, listeners: dict[str, int], inherited: Inheritance) -> None:
+        """Open everything, go on with what there is, then tell that we are ready.
+
+        :param listeners: the daemon's own sockets, where this worker is the front.
+        """
         configuration = self._configuration
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(log_unexpected)
-        for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._take_signal, number)
         process.allow_descriptors(configuration.limits.descriptors)
-        try:
-            control, handoff = self._open_sockets(environment)
-            self._handoff = self._registry.handoff_listener(handoff)
-            allowed = allowed_peers(configuration.control_users, configuration.control_group)
-            self._control = ControlApi(control, self._registry, allowed)
-            for entry in configuration.migration:
-                self._registry.create(entry.name, entry.listen, entry.handoff)
-        except OSError as error:
-            raise CannotStart(error.strerror or str(error)) from error
-        except RegistryError as error:
-            raise CannotStart(f"migration {entry.name!r}: {error.message}") from error
+        for name, left in inherited.items():
+            self._registry.restore(name, left)
+        self._changed()
+        self._link.start(
+            Orders(
+                stop=self.told_to_stop.set,
+                leave=self._begin_to_leave,
+                reload=self._begin_reload,
+                forget=self._registry.forget,
+                take_request=self._take_request,
+                take_vmm=self._take_vmm,
+            )
+        )
+        if inherited:
+            await asyncio.sleep(_GUESTS_FIRST)
+        await asyncio.to_thread(_import_control)
+        self._open(listeners)
+        if self._begin.first:
+            await self._create_own_share()
+        assert self._control is not None and self._handoff is not None
         await self._control.start()
         self._handoff.start()
+        self._registry.network.prepare()
         if configuration.memory_lock:
             process.lock_memory()
         process.quiet_collector()
-        self._ready = True
-        self._manager.ready(self._registry.summary())
-        get_logger().info("ready", control=configuration.control, handoff=configuration.handoff)
+        self._link.ready()
 
-    def _open_sockets(
-        self, environment: MutableMapping[str, str]
-    ) -> tuple[socket.socket, socket.socket]:
-        """Return the control and the handoff socket, from systemd or opened here."""
-        configuration = self._configuration
-        handed_over = sockets.take_over_listeners(environment)
+    def _open(self, listeners: dict[str, int]) -> None:
+        from postcopyd.daemon.control import ControlApi
+        from postcopyd.daemon.exchange import Exchange
 
-        def of(path: str, mode: int, group: str) -> socket.socket:
-            listener = handed_over.pop(path, None)
-            if listener is None:
-                listener = sockets.open_unix_listener(path, mode, group)
-                self._opened[path] = listener
-            return listener
+        configuration, begin = self._configuration, self._begin
+        control, handoff = (
+            socket.socket(fileno=listeners[name]) if name in listeners else None
+            for name in (CONTROL, HANDOFF)
+        )
+        is_front = control is not None and begin.workers > 1
+        exchange = Exchange(self._link, begin.number, begin.workers) if is_front else None
+        self._handoff = self._registry.handoff_listener(
+            handoff, pass_on=None if exchange is None else exchange.pass_on
+        )
+        allowed = allowed_peers(configuration.control_users, configuration.control_group)
+        self._control = ControlApi(control, self._registry, allowed, begin.number, exchange)
 
-        control = of(configuration.control, configuration.control_mode, configuration.control_group)
-        handoff = of(configuration.handoff, configuration.handoff_mode, configuration.handoff_group)
-        for path, unknown in handed_over.items():
-            unknown.close()
-            get_logger().warning(
-                "systemd hands a socket over that the configuration does not name",
-                path=path,
-                remedy="let control and handoff, and ListenStream= in the socket unit, agree",
-            )
-        return control, handoff
+    async def _create_own_share(self) -> None:
+        """Create those migrations of the configuration that are ours, and are not there yet."""
+        for place, entry in enumerate(self._configuration.migration):
+            if place % self._begin.workers != self._begin.number:
+                continue
+            try:
+                await self._registry.open(
+                    entry.name, entry.listen, entry.handoff, entry.allowed_sources
+                )
+            except RegistryError as error:
+                if error.code != "name-taken":  # that is one of a predecessor, whoever has it now
+                    raise CannotStart(f"migration {entry.name!r}: {error.message}") from error
 
     async def stop(self) -> None:
         """End what can be ended, and wait for the rest; the control API stays up meanwhile."""
-        self._manager.stopping(self._status())
-        get_logger().info("stopping", migrations=len(self._registry.running))
         if self._handoff is not None:
             await self._handoff.close()
         await self._registry.stop(wait=self._configuration.wait_at_shutdown)
@@ -119,31 +179,52 @@ class _Service:
             await self._control.close()
         if self._handoff is not None:
             await self._handoff.close()
-        for path, listener in self._opened.items():
-            listener.close()
-            sockets.remove_file(path)
-        self._manager.close()
+        if self._reloading is not None:
+            await self._reloading
+        self._registry.gate_rules.close()
+        self._link.close()
 
-    def _take_signal(self, number: signal.Signals) -> None:
-        if self.told_to_stop.is_set():
-            get_logger().info("still stopping", status=self._status())
-        self.told_to_stop.set()
+    def _take_request(self, connection: socket.socket) -> None:
+        if self._control is None:  # it was for one that has died
+            connection.close()
+            return
+        forwarding.take(connection)
+        self._control.take(connection)
+
+    def _take_vmm(self, connection: socket.socket) -> None:
+        if self._handoff is None:
+            connection.close()
+            return
+        self._handoff.take(connection)
+
+    def _begin_reload(self) -> None:
+        self._reloading = asyncio.get_running_loop().create_task(self._reload())
+
+    async def _reload(self) -> None:
+        """Read anew what may change while we run: the files of TLS."""
+        try:
+            await self._registry.gate_rules.reload()
+        finally:
+            self._reloading = None
+            self._link.reloaded()
+
+    def _begin_to_leave(self) -> None:
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().create_task(self._leave())
+
+    async def _leave(self) -> None:
+        """Leave everything to a successor, in a moment in which that costs the guests a pause."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVING):
+                while names := self._registry.not_to_be_broken_off:
+                    get_logger().info("leaves as soon as these are further", migrations=names)
+                    self._change.clear()
+                    await self._change.wait()
+        self._link.leave()
 
     def _changed(self) -> None:
-        if self._ready:
-            self._manager.status(self._status())
-
-    def _status(self) -> str:
-        """Return what the service manager shows of us, in one line."""
-        if not self.told_to_stop.is_set():
-            return self._registry.summary()
-        waiting = ", ".join(entry.name for entry in self._registry.running)
-        if not waiting:
-            return "stopping"
-        return (
-            f"stopping as soon as these have ended: {waiting} "
-            "(to give one up: postcopyctl cancel --force NAME)"
-        )
+        self._change.set()
+        self._listings.tell(self._registry.listings())
 
 
 def log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import socket
 import stat
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from postcopyd.wire.address import Address
 
@@ -21,6 +21,9 @@ _UNIX_PATH_LIMIT: Final = 107
 
 _FIRST_HANDED_OVER: Final = 3  # SD_LISTEN_FDS_START
 _BACKLOG: Final = 128
+
+PlainTcp = Literal["loopback", "always", "never"]
+"""Where plain TCP is taken: at addresses of this host's loopback, everywhere, nowhere."""
 
 
 def listen_address(text: str) -> Address:
@@ -53,6 +56,13 @@ def check_listen(text: str) -> None:
     :raise ValueError: with the reason.
     """
     listen_address(text)
+
+
+def takes_plain_tcp(address: Address, plain_tcp: PlainTcp) -> bool:
+    """Tell whether sources at a TCP address of `listen_address` may come without TLS."""
+    if plain_tcp == "loopback":
+        return ipaddress.ip_address(address.host).is_loopback
+    return plain_tcp == "always"
 
 
 def check_path(path: str) -> None:
@@ -160,38 +170,53 @@ def _remove_if_dead(path: str) -> None:
     raise OSError(errno.EADDRINUSE, f"cannot listen on {path}: {reason}")
 
 
-def take_over_listeners(environment: MutableMapping[str, str]) -> dict[str, socket.socket]:
-    """Take the Unix sockets over that systemd hands to this process, by their paths; non-blocking.
+def take_over(
+    environment: MutableMapping[str, str],
+) -> tuple[dict[str, socket.socket], dict[str, int]]:
+    """Take over what systemd hands to this process (sd_listen_fds(3)).
 
-    The variables that tell of them are removed, so that no child process takes them for its own.
+    The variables that tell of it are removed, so that no child process takes it for its own.
 
-    :raise OSError: if one of them is not a listening Unix stream socket.
+    :return: the listening Unix sockets of the socket unit, non-blocking, by their paths; and the
+        descriptors that a predecessor has stored, by the names that it gave them, which have a '/'.
+    :raise OSError: if one of the former is not a listening Unix stream socket.
     """
     process = environment.pop("LISTEN_PID", "")
     count = environment.pop("LISTEN_FDS", "")
-    environment.pop("LISTEN_FDNAMES", None)
+    names = environment.pop("LISTEN_FDNAMES", "").split(":")
     if process != str(os.getpid()) or not count.isdecimal():
-        return {}
+        return {}, {}
+    names += [""] * (int(count) - len(names))
     listeners: dict[str, socket.socket] = {}
+    stored: dict[str, int] = {}
     try:
-        for descriptor in range(_FIRST_HANDED_OVER, _FIRST_HANDED_OVER + int(count)):
+        for number, name in zip(range(int(count)), names, strict=False):
+            descriptor = _FIRST_HANDED_OVER + number
             fcntl.fcntl(descriptor, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-            listener = socket.socket(fileno=descriptor)
-            if (
-                listener.family != socket.AF_UNIX
-                or listener.type != socket.SOCK_STREAM
-                or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            ):
-                listener.detach()
-                raise OSError(
-                    errno.EINVAL,
-                    f"descriptor {descriptor} from systemd is not a listening Unix stream socket: "
-                    "the socket unit may have ListenStream= with the control and the handoff path",
-                )
-            listener.setblocking(False)
+            if "/" in name:
+                stored[name] = descriptor
+                continue
+            listener = _listener(descriptor)
             listeners[listener.getsockname()] = listener
     except OSError:
         for listener in listeners.values():
             listener.close()
         raise
-    return listeners
+    return listeners, stored
+
+
+def _listener(descriptor: int) -> socket.socket:
+    listener = socket.socket(fileno=descriptor)
+    if (
+        listener.family != socket.AF_UNIX
+        or listener.type != socket.SOCK_STREAM
+        or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    ):
+        listener.detach()
+        raise OSError(
+            errno.EINVAL,
+            f"descriptor {descriptor} from systemd is not a listening Unix stream socket: "
+            "the socket unit may have ListenStream= with the control and the handoff path",
+        )
+    listener.setblocking(False)
+    return listener

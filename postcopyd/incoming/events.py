@@ -87,6 +87,18 @@ class MemoryRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class PathLost:
+    """The network does not carry the stream any more, which breaks unless that changes soon."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PathBack:
+    """The network would carry the stream again."""
+
+
+@dataclass(frozen=True, slots=True)
 class VmmLost:
     """The VMM has not loaded its devices: everything is kept for another that takes its place."""
 
@@ -101,6 +113,52 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
+class Stalled:
+    """Nothing comes any more, and memory is missing.
+
+    Told again when it has lasted twice as long.
+    """
+
+    seconds: float
+    """Since the last byte of the stream."""
+    outstanding: int
+    """Host pages that faults wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StallOver:
+    """Something has come again."""
+
+    seconds: float
+    """How long nothing did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The source is back and goes on: what is outstanding has been asked for again."""
+
+    peer: str
+    outstanding: int
+    """Host pages that faults wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Another process was killed, and this one goes on in its place."""
+
+    state: str
+    missing: int
+    """Host pages that are not here."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotNoted:
+    """The journal could not be written: a successor would go on from an older state."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completed:
     """All memory is here."""
 
@@ -110,6 +168,16 @@ class Completed:
     """Host pages that the source never sent: they are zero there too."""
     seconds: float
     """From the source's first word of the switchover to the last page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """What has not come never will: the guest gets memory errors there, and keeps the rest."""
+
+    pages: int
+    """Host pages that are missing."""
+    length: int
+    """Bytes of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +200,16 @@ Event = (
     | PackageReceived
     | DeviceStateLoaded
     | MemoryRemoved
+    | PathLost
+    | PathBack
     | VmmLost
     | Paused
+    | Stalled
+    | StallOver
+    | Resumed
+    | Restored
+    | NotNoted
     | Completed
+    | Abandoned
     | Failed
 )

@@ -6,7 +6,7 @@ many threads wait for it. What the guest seems to need next is asked for as well
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter_ns
 
 from postcopyd.incoming.blocktime import Blocktime
@@ -96,14 +96,17 @@ class FaultHandler:
         """
         faults = self._faults
         threads = self._threads
+        removals: list[tuple[int, int]] = []
         for event, first, second, third in self._read_events():
             if event == EVENT_PAGEFAULT:
                 faults.append(second)
                 threads.append(third)
             elif event in (EVENT_REMOVE, EVENT_UNMAP):
-                self._apply_removal(first, second)
+                removals.append((first, second))
             else:
                 raise UnexpectedEvent(f"the userfaultfd reported event {event:#x}")
+        if removals:
+            self.apply_removals(removals)
         if faults:
             self._counters.faults += len(faults)
             try:
@@ -207,31 +210,26 @@ class FaultHandler:
             del self._deferred[page_address]
         return True
 
-    def _apply_removal(self, start: int, end: int) -> None:
-        """Note that the VMM gave `start` to `end` back: it reads as zeros from now on.
+    def apply_removals(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Note that the VMM gave back what lies from each start to its end: it reads as zeros now.
 
-        A range may span several blocks, or touch none of ours.
+        A range may span several blocks, or touch none of ours. No page is looked at twice: a VMM
+        that gives everything back again and again must not keep others waiting for long.
         """
         for block in self._blocks:
-            low = max(start, block.address)
-            high = min(end, block.end)
-            if low >= high:
-                continue
-            size = block.page_size
-            # A part of a host page that is given back drops nothing (handoffs, A.3).
-            first = (low - block.address + size - 1) // size
-            beyond = (high - block.address) // size
-            if first >= beyond:
-                continue
-            maps = self._maps[block.index]
-            stage = self._stages[block.index]
-            if maps.staged[first:beyond].any():
-                stage.release(first, beyond - first)
-            maps.received[first:beyond] = 1
-            maps.zero[first:beyond] = 1
-            self._placer.any_removed = True
-            self._removed(block, first * size, (beyond - first) * size)
-            self._release_waiters(block, first, beyond)
+            for first, beyond in _joined(_whole_pages(block, ranges)):
+                self._apply_removal(block, first, beyond)
+
+    def _apply_removal(self, block: RamBlock, first: int, beyond: int) -> None:
+        maps = self._maps[block.index]
+        if maps.staged.find(1, first, beyond) >= 0:
+            self._stages[block.index].release(first, beyond - first)
+        maps.received[first:beyond] = 1
+        maps.zero[first:beyond] = 1
+        self._placer.any_removed = True
+        size = block.page_size
+        self._removed(block, first * size, (beyond - first) * size)
+        self._release_waiters(block, first, beyond)
 
     def _release_waiters(self, block: RamBlock, first: int, beyond: int) -> None:
         """Answer the faults that wait for pages that were just given back."""
@@ -241,3 +239,30 @@ class FaultHandler:
             # Only after the remover has gone on can anything be placed, so never at once.
             page = (page_address - block.address) // block.page_size
             self._deferred[page_address] = (block, page)
+
+
+def _whole_pages(block: RamBlock, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Give first page and page behind the last of what each range has of a block, in whole pages.
+
+    A part of a host page that is given back drops nothing (handoffs, A.3).
+    """
+    size = block.page_size
+    for start, end in ranges:
+        first = (max(start, block.address) - block.address + size - 1) // size
+        beyond = (min(end, block.end) - block.address) // size
+        if first < beyond:
+            yield first, beyond
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join runs that touch or overlap."""
+    first = beyond = -1
+    for start, end in sorted(runs):
+        if start > beyond:
+            if first >= 0:
+                yield first, beyond
+            first, beyond = start, end
+        else:
+            beyond = max(beyond, end)
+    if first >= 0:
+        yield first, beyond

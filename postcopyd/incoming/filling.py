@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from bitarray import bitarray
+from bitarray.util import intervals
+
 from postcopyd.incoming.assembling import Assembler
 from postcopyd.incoming.blocktime import Blocktime
+from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.faults import FaultHandler, UnexpectedEvent
 from postcopyd.incoming.holdings import Holdings
 from postcopyd.incoming.placing import Placer, VmmGone
+from postcopyd.incoming.poisoning import poison_missing
 from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
@@ -18,6 +23,7 @@ from postcopyd.kernel.userfaultfd import (
     Operation,
     RegisterMode,
     features_of,
+    removals_in,
 )
 from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import ProtocolError
@@ -44,6 +50,8 @@ class MemoryFilling:
     def __init__(
         self,
         memory: GuestMemory,
+        estate: Estate,
+        events: memoryview,
         counters: Counters,
         latency: Histogram,
         blocktime: Blocktime | None,
@@ -55,6 +63,8 @@ class MemoryFilling:
     ) -> None:
         """Set up the account.
 
+        :param estate: what a predecessor has left of it, and where it is left to a successor.
+        :param events: where the messages of the userfaultfd are read into.
         :param blocktime: told which thread waits how long; None when nobody wants to know.
         :param request: asked for pages: (block, numbers of host pages).
         :param removed: told of each range that the VMM gave back: block, offset, length in bytes.
@@ -63,8 +73,9 @@ class MemoryFilling:
         :raise OSError: if there is no memory for map or staging.
         :raise ValueError: if the blocks contradict each other.
         """
-        self.holdings = Holdings(memory)
+        self.holdings = Holdings(memory, estate)
         self._memory = memory
+        self._events = events
         self._counters = counters
         self._latency = latency
         self._blocktime = blocktime
@@ -99,6 +110,7 @@ class MemoryFilling:
             self._latency,
             self._blocktime,
         )
+        memory.userfaultfd.read_into(self._events)
         features = features_of(memory.userfaultfd.fileno()) or Feature(0)
         faults = FaultHandler(
             memory.userfaultfd,
@@ -244,6 +256,46 @@ class MemoryFilling:
         self._serve_waiters(block, [offset // block.page_size])
         return True
 
+    def inherit(self) -> None:
+        """Go on where a predecessor was killed. After `listen`.
+
+        What it has read of the userfaultfd nobody hands out again: removals that it may not have
+        noted are noted now, and whoever waits for a page tries again and is read again.
+        """
+        self._faults.apply_removals(tuple(removals_in(self._events)))
+        # It did not leave behind whether there were any, only what reads as zeros because of them.
+        self._placer.any_removed = any(
+            self.holdings.page_map[block.index].zero.any() for block in self.holdings.blocks
+        )
+        for block in self.holdings.blocks:
+            self._memory.userfaultfd.wake(block.address, block.length)
+
+    # -- another stream in the place of one that broke ------------------------------------------
+
+    def stream_lost(self) -> None:
+        """Forget what has come and is not placed: the source sends it again."""
+        self._placer.forget_unplaced()
+        for assembler in self._assemblers:
+            assembler.drop()
+
+    def ask_again(self) -> tuple[list[tuple[RamBlock, range]], list[tuple[RamBlock, range]]]:
+        """Return what has to be asked for again: what faults wait for, then what lay around that.
+
+        Everything that was asked for: the source may have some of these requests still, and what it
+        sends for them on its preempt channel may come behind the end of the main stream. Only for
+        what counts as asked for is that waited for.
+        """
+        waited_for, around = [], []
+        for block, outstanding in self.holdings.outstanding():
+            for page in list(outstanding.search(bitarray("1"))):
+                if block.address + page * block.page_size in self.waiting:
+                    waited_for.append((block, range(page, page + 1)))
+                    outstanding[page] = 0
+            for asked, first, beyond in intervals(outstanding):
+                if asked:
+                    around.append((block, range(first, beyond)))
+        return waited_for, around
+
     # -- another VMM in the place of one that has not run ---------------------------------------
 
     def let_go(self) -> None:
@@ -252,6 +304,7 @@ class MemoryFilling:
         :raise OSError: if there is no memory for it.
         """
         self.stop()
+        self._let_go_of_events()
         for block, start, length, address in self._placer.unplaced():
             self.holdings.keep(block, start, length, address)
         self.waiting.clear()
@@ -274,7 +327,7 @@ class MemoryFilling:
         """End the filling: every page that can come has come.
 
         What the source never sent is zero there too (qemu-wire, 3.2): the kernel gives zeros for
-        it from the moment at which the memory is no longer registered.
+        it from the moment at which the memory is no longer registered. What is poisoned stays so.
 
         :return: number of host pages that were never sent.
         :raise OSError: if the kernel refuses to unregister.
@@ -287,6 +340,14 @@ class MemoryFilling:
         self._faults.drain()
         self.waiting.clear()
         return never_sent
+
+    async def poison_missing(self) -> None:
+        """Make everything that is not here a memory error. `finish` follows.
+
+        :raise VmmGone: if the VMM has exited.
+        :raise OSError: if the kernel cannot poison.
+        """
+        await poison_missing(self._memory.userfaultfd, self.holdings, self.read_faults)
 
     @property
     def staged(self) -> bool:
@@ -389,3 +450,7 @@ class MemoryFilling:
             assembler.close()
         self._placer.close()
         self.holdings.close()
+        self._let_go_of_events()
+
+    def _let_go_of_events(self) -> None:
+        self._memory.userfaultfd.read_into(memoryview(bytearray(len(self._events))))

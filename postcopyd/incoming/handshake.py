@@ -1,9 +1,6 @@
-"""What both sides must agree on before any page is taken, and the goodbye after the last one."""
+"""What both sides must agree on before any page is taken."""
 
 from __future__ import annotations
-
-import asyncio
-import socket
 
 from postcopyd.incoming.collecting import Collection
 from postcopyd.incoming.vmm import FedBlock
@@ -91,18 +88,3 @@ def _check_fed(entry: BlockEntry, block: FedBlock) -> None:
             f"and {HOST_PAGE_SIZE:#x} in the VMM",
             None,
         )
-
-
-async def wait_for_close(
-    loop: asyncio.AbstractEventLoop, connection: socket.socket, seconds: float
-) -> None:
-    """Return when the peer has closed `connection`, or after `seconds`. What it says is dropped.
-
-    A QEMU source closes when it has read SHUT, and without TLS's close_notify (qemu-wire, 5.6).
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            while await loop.sock_recv(connection, 4096):
-                pass
-    except (TimeoutError, OSError):
-        return

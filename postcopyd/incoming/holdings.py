@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from bitarray import bitarray
+from bitarray.util import intervals
 
 from postcopyd.incoming.assembling import contiguous
-from postcopyd.incoming.report import BlockReport
+from postcopyd.incoming.estate import Estate
+from postcopyd.incoming.report import BlockReport, MissingRange
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.vmm import GuestMemory, HandedBlock
+from postcopyd.kernel import memory_file
 from postcopyd.ram.block import BlockTable, RamBlock
 from postcopyd.ram.page_map import PageMap
 from postcopyd.wire.errors import ProtocolError
@@ -18,23 +23,36 @@ from postcopyd.wire.messages import Discard, Pages, ZeroPages
 class Holdings:
     """The account of one VMM's memory, and what waits to be placed there."""
 
-    def __init__(self, memory: GuestMemory) -> None:
-        """Begin with nothing received.
+    def __init__(self, memory: GuestMemory, estate: Estate) -> None:
+        """Begin with what a predecessor has left, or with nothing received.
 
         :raise OSError: if there is no memory for map or staging.
-        :raise ValueError: if the blocks contradict each other.
+        :raise ValueError: if the blocks contradict each other, or what a predecessor has left.
         """
+        self._estate = estate
         self.blocks = _table(memory.blocks)
-        self.page_map = PageMap(self.blocks)
+        self.page_map = PageMap(self.blocks, estate.take("page-map"))
+        if not estate.leaves("page-map"):
+            estate.keep("page-map", self.page_map.descriptor)
         self.stages: list[BlockStage] = []
         """By the index of their block."""
         self._closed = False
         try:
             for block, handed in zip(self.blocks, memory.blocks, strict=True):
-                self.stages.append(BlockStage(block, handed, self.page_map[block.index]))
+                self.stages.append(self._stage(block, handed))
         except BaseException:
             self.close()
             raise
+
+    def _stage(self, block: RamBlock, handed: HandedBlock) -> BlockStage:
+        """Return a stage for a block of the VMM's, and leave its file to a successor."""
+        name = f"staging-{block.index}"
+        if handed.memory_file is not None:
+            return BlockStage(block, handed, self.page_map[block.index])
+        file = self._estate.open(
+            name, lambda: memory_file.create("postcopyd-staging", block.length)
+        )
+        return BlockStage(block, handed, self.page_map[block.index], file)
 
     def block_of(self, name: str) -> RamBlock:
         """Return the block that the source calls so.
@@ -53,6 +71,11 @@ class Holdings:
         """
         for stage in self.stages:
             stage.empty()
+
+    @property
+    def staged_bytes(self) -> int:
+        """Memory that the staging takes."""
+        return sum(stage.allocated for stage in self.stages if not stage.direct)
 
     def stage(self, block: RamBlock, message: Pages | ZeroPages, target_page_size: int) -> None:
         """Keep pages; of one that comes twice the last counts.
@@ -120,12 +143,24 @@ class Holdings:
         """Count the host pages that are not here."""
         return sum(block.pages for block in self.blocks) - self.page_map.received_pages()
 
+    def missing_ranges(self) -> list[MissingRange]:
+        """Return what is not here, in order."""
+        return [
+            MissingRange(block.name, first * block.page_size, (beyond - first) * block.page_size)
+            for block in self.blocks
+            for here, first, beyond in intervals(self.page_map[block.index].received[: block.pages])
+            if not here
+        ]
+
     def outstanding_pages(self) -> int:
         """Count the host pages that were asked for and are not here."""
-        return sum(
-            (maps.requested & ~maps.received).count()
-            for maps in (self.page_map[block.index] for block in self.blocks)
-        )
+        return sum(outstanding.count() for _, outstanding in self.outstanding())
+
+    def outstanding(self) -> Iterator[tuple[RamBlock, bitarray]]:
+        """Give each block with a bit for each host page that was asked for and is not here."""
+        for block in self.blocks:
+            maps = self.page_map[block.index]
+            yield block, maps.requested & ~maps.received
 
     def check_fits(self, memory: GuestMemory) -> None:
         """Check that another VMM has the same blocks.
@@ -168,7 +203,7 @@ class Holdings:
     def _moved(self, stage: BlockStage, block: RamBlock, handed: HandedBlock) -> BlockStage:
         if not stage.direct and handed.memory_file is None:
             return stage
-        moved = BlockStage(block, handed, self.page_map[block.index])
+        moved = self._stage(block, handed)
         try:
             moved.take_over(stage)
         except BaseException:

@@ -61,12 +61,20 @@ class Loading:
         """
         self._contents = parse_package(message.data)
         self.package = message
+        self.look_whether_all_is_here()
+
+    def look_whether_all_is_here(self) -> None:
+        """Let the VMM load if nothing is missing for it."""
         if self.collection.complete:
             self._collected.set()
 
     def missing(self) -> Iterator[tuple[str, int, int]]:
         """Iterate over what must come before the VMM can load: block, offset, length in bytes."""
         return self.collection.missing()
+
+    def received_bitmap(self, name: str) -> bytes | None:
+        """Return the RECV_BITMAP payload of an unwatched block; None for any other."""
+        return self.collection.received_bitmap(name) if name in self.collection else None
 
     def all_came(self) -> None:
         """Say that no page follows: what has not come is zero at the source, too."""

@@ -205,6 +205,10 @@ class Placer:
         for run in pending:
             yield run.block, run.offset, run.length, run.source
 
+    def forget_unplaced(self) -> None:
+        """Forget what was put off: whoever sent it sends it again."""
+        self.pending.clear()
+
     def retry(self) -> bool:
         """Place what was put off, in order. As `place_pages`."""
         pending = self.pending

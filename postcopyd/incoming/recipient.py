@@ -7,21 +7,30 @@ what it was given to load, is kept until one of them runs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from time import perf_counter
 
-from postcopyd.incoming import handshake
+from postcopyd.incoming import handshake, inheriting
 from postcopyd.incoming.assembling import Assembler
 from postcopyd.incoming.blocktime import Blocktime, ThreadReport
 from postcopyd.incoming.collecting import Collection
+from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.filling import MemoryFilling
+from postcopyd.incoming.journal import JournalUnreadable, SourceBlockRecord, SourceRecord
 from postcopyd.incoming.loading import Loading
 from postcopyd.incoming.report import BlockReport, Counters, Histogram
-from postcopyd.incoming.vmm import Vmm, VmmFailure
+from postcopyd.incoming.settings import Settings
+from postcopyd.incoming.vmm import FedBlock, GuestMemory, Vmm, VmmFailure
+from postcopyd.kernel import memory_file
+from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.ram.block import RamBlock
+from postcopyd.ram.page_map import received_bitmap
+from postcopyd.wire import stream_writer
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import (
     Advise,
+    BlockEntry,
     BlockList,
     Configuration,
     Discard,
@@ -29,6 +38,7 @@ from postcopyd.wire.messages import (
     Pages,
     ZeroPages,
 )
+from postcopyd.wire.stream_reader import ResumeState, StreamReader
 
 MAIN, PREEMPT = 0, 1
 """The channels on which pages come."""
@@ -43,6 +53,9 @@ class Recipient:
 
     def __init__(
         self,
+        estate: Estate,
+        settings: Settings,
+        events: memoryview,
         counters: Counters,
         latency: Histogram,
         *,
@@ -51,7 +64,11 @@ class Recipient:
         caught_up: Callable[[], None],
         broken: Callable[[Exception], None],
     ) -> None:
-        """Wait for a VMM. The callbacks are those of `MemoryFilling`."""
+        """Wait for a VMM. `estate`, `events` and the callbacks are those of `MemoryFilling`."""
+        self._estate = estate
+        self._settings = settings
+        self._events = events
+        self._package_file = -1
         self._counters = counters
         self._latency = latency
         self._request = request
@@ -81,25 +98,56 @@ class Recipient:
 
         :raise Refused: if its memory cannot be accounted for. It then still is the caller's.
         """
-        blocktime = Blocktime(vmm.thread_names) if vmm.thread_names else None
-        try:
-            filling = MemoryFilling(
-                vmm.memory,
-                self._counters,
-                self._latency,
-                blocktime,
-                request=self._request,
-                removed=self._removed,
-                caught_up=self._caught_up,
-                broken=self._broken,
+        length = sum(block.length for block in vmm.memory.blocks)
+        if length > self._settings.memory_limit:
+            raise Refused(
+                f"the VMM has {length >> 30} GiB of memory, more than "
+                f"{self._settings.memory_limit >> 30} GiB: raise memory_gib"
             )
+        try:
+            self._open(vmm.memory, vmm.fed_blocks, vmm.thread_names)
         except (OSError, ValueError) as error:
             raise Refused(f"the memory of the VMM cannot be used: {error}") from error
-        self._filling = filling
-        self._blocktime = blocktime
+        self._take(vmm, replaces=False)
+
+    def _open(
+        self,
+        memory: GuestMemory,
+        fed_blocks: tuple[FedBlock, ...],
+        thread_names: Mapping[int, str],
+    ) -> None:
+        """Open the account of this memory, or that of a predecessor.
+
+        All files are opened now, because a successor finds only those that were kept in time.
+
+        :raise OSError: if there is no memory for it.
+        :raise ValueError: if the blocks contradict each other.
+        """
+        estate = self._estate
+        self._blocktime = Blocktime(thread_names) if thread_names else None
+        self._collection = Collection(fed_blocks)
+        self._collection.open(
+            lambda size: estate.open(
+                "collection", lambda: memory_file.create("postcopyd-collection", size)
+            )
+        )
+        if self._package_file < 0:
+            self._package_file = estate.open(
+                "package", lambda: memory_file.create("postcopyd-package", 0)
+            )
+        self._filling = filling = MemoryFilling(
+            memory,
+            estate,
+            self._events,
+            self._counters,
+            self._latency,
+            self._blocktime,
+            request=self._request,
+            removed=self._removed,
+            caught_up=self._caught_up,
+            broken=self._broken,
+        )
         self._assemblers = (filling.new_assembler(), filling.new_assembler())
-        self._collection = Collection(vmm.fed_blocks)
-        self._take(vmm)
 
     def attach_replacement(self, vmm: Vmm) -> None:
         """Take over another VMM in the place of one that has not loaded; `move` follows.
@@ -117,11 +165,79 @@ class Recipient:
             )
         except (ValueError, VmmFailure, ProtocolError) as error:
             raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
-        self._take(vmm)
+        self._take(vmm, replaces=True)
 
-    def _take(self, vmm: Vmm) -> None:
+    def _take(self, vmm: Vmm, *, replaces: bool) -> None:
+        inheriting.leave(vmm, self._estate, replaces=replaces)
         self.vmm = vmm
         self.attached.set()
+
+    # -- from a predecessor --------------------------------------------------------------------
+
+    def restore(
+        self,
+        memory: GuestMemory,
+        fed_blocks: tuple[FedBlock, ...],
+        thread_names: Mapping[int, str],
+    ) -> None:
+        """Go on with the account of a predecessor. `restore_vmm` follows if its VMM is there.
+
+        :raise JournalUnreadable: if what it has left does not fit together.
+        :raise OSError: if there is no memory for it.
+        """
+        try:
+            self._open(memory, fed_blocks, thread_names)
+        except ValueError as error:
+            raise JournalUnreadable(str(error)) from error
+
+    def restore_source(self, source: SourceRecord) -> None:
+        """Know again what the source does not say again.
+
+        :raise JournalUnreadable: if it cannot have said that.
+        """
+        try:
+            # Where it ends shows only in what follows.
+            told = StreamReader().feed(source.configuration + stream_writer.open_return_path())
+            configuration = next(told)
+            assert isinstance(configuration, Configuration)
+            self._loading = loading = Loading(configuration)
+            loading.collection = self._collection
+            blocks = tuple(
+                BlockEntry(block.name, block.length, block.page_size) for block in source.blocks
+            )
+            self.take_block_list(BlockList(sum(block.length for block in blocks), blocks))
+            length = source.package_length
+            if length > os.fstat(self._package_file).st_size:
+                raise ValueError(f"its device package of {length} bytes is not whole")
+            loading.take_package(Package(os.pread(self._package_file, length, 0)))
+            if source.target_page_size != HOST_PAGE_SIZE:
+                raise ValueError(f"target pages of {source.target_page_size} bytes")
+        except (ProtocolError, ValueError, StopIteration) as error:
+            raise JournalUnreadable(f"what its source has said is wrong: {error}") from error
+        self._target_page_size = source.target_page_size
+        self._discard_asked = True
+
+    def restore_vmm(self, vmm: Vmm, loaded_at: float | None) -> None:
+        """Serve the faults of a predecessor's VMM, which is taken over.
+
+        :param loaded_at: when it has run; None if it has not.
+        :raise OSError: if it has exited.
+        """
+        self.vmm = vmm
+        self.attached.set()
+        self.listen()
+        self.filling.inherit()
+        if loaded_at is not None:
+            self._runs(loaded_at)
+
+    def restore_ended(self, vmm: Vmm | None) -> int:
+        """Know what a predecessor has completed, whose VMM has all its memory for itself.
+
+        :param vmm: taken over; None if it has gone since.
+        :return: number of host pages that were never sent.
+        """
+        self.vmm = vmm
+        return self.filling.holdings.missing_pages()
 
     async def move(self) -> None:
         """Give what is here to the memory of the VMM that has taken another's place.
@@ -172,6 +288,21 @@ class Recipient:
         """True once the source has sent its configuration."""
         return self._loading is not None
 
+    def source_record(self, resume: ResumeState) -> SourceRecord:
+        """Return what the journal is to say of the source, once its package has come."""
+        package = self.loading.package
+        assert package is not None
+        return SourceRecord(
+            configuration=self.loading.configuration.raw,
+            blocks=tuple(
+                SourceBlockRecord(block.name, block.length, block.page_size)
+                for block in resume.blocks
+            ),
+            section_id=resume.section_id,
+            target_page_size=resume.target_page_size,
+            package_length=len(package.data),
+        )
+
     async def prepare(self, message: Advise, return_path_open: bool) -> None:
         """Agree on machine and page sizes, and empty all memory.
 
@@ -199,6 +330,12 @@ class Recipient:
         self._block_list = message
 
     @property
+    def block_entries(self) -> tuple[BlockEntry, ...]:
+        """The source's RAM blocks, once they are known."""
+        assert self._block_list is not None
+        return self._block_list.blocks
+
+    @property
     def has_block_list(self) -> bool:
         """True once the source's RAM blocks are known to be the VMM's."""
         return self._block_list is not None
@@ -206,12 +343,23 @@ class Recipient:
     def keep(self, message: Pages | ZeroPages) -> None:
         """Keep pages that come before the switchover.
 
+        :raise ProtocolError: if that is more than may be kept.
         :raise OSError: if there is no memory for them.
         """
         self._counters.pages_precopy += len(message)
         if not self.loading.take(message):
             holdings = self.filling.holdings
             holdings.stage(holdings.block_of(message.block), message, self._target_page_size)
+            self._check_staging()
+
+    def _check_staging(self) -> None:
+        limit = self._settings.staging_limit
+        if limit and self.filling.holdings.staged_bytes > limit:
+            raise ProtocolError(
+                f"the pre-copy has brought more than {limit >> 20} MiB for private memory: switch "
+                "over earlier, share the VMM's memory, or raise staging_mib",
+                None,
+            )
 
     async def allow_discards(self) -> None:
         """Have huge pages forbidden; once, before the first discard or else the end of pre-copy.
@@ -245,12 +393,34 @@ class Recipient:
         assembler = self._assemblers[channel]
         return self.filling.place(message, self._target_page_size, assembler)
 
+    def stream_lost(self) -> None:
+        """Forget what the stream has brought and could not be placed yet."""
+        if self._filling is not None:
+            self._filling.stream_lost()
+
+    def received_bitmap(self, name: str) -> bytes:
+        """Return the RECV_BITMAP payload of a block of the source's: what is here of it.
+
+        :raise ProtocolError: if there is no such block.
+        """
+        bitmap = self.loading.received_bitmap(name)
+        if bitmap is None:
+            holdings = self.filling.holdings
+            block = holdings.block_of(name)
+            maps = holdings.page_map[block.index]
+            bitmap = received_bitmap(block, maps, self._target_page_size)
+        return bitmap
+
     def take_package(self, message: Package) -> None:
-        """Take the device package.
+        """Take the device package, and leave it to a successor.
 
         :raise ProtocolError: if it is malformed.
+        :raise OSError: if there is no memory for it.
         """
         self.loading.take_package(message)
+        written = 0
+        while written < len(message.data):
+            written += os.pwrite(self._package_file, message.data[written:], written)
 
     def listen(self) -> None:
         """Serve faults from now on.
@@ -267,7 +437,7 @@ class Recipient:
         :raise VmmFailure: if the VMM does not load them; another one may.
         """
         pings = await self.loading.run(self._the_vmm())
-        self._runs()
+        self._runs(perf_counter())
         return pings
 
     def converge(self) -> None:
@@ -281,12 +451,17 @@ class Recipient:
     async def load_converged(self) -> None:
         """Have the VMM load its devices as they come. As `load`."""
         await self.loading.run_converged(self._the_vmm())
-        self._runs()
+        self._runs(perf_counter())
 
-    def _runs(self) -> None:
-        self.loaded_at = perf_counter()
+    def _runs(self, since: float) -> None:
+        self.loaded_at = since
         self.filling.guest_runs()
         self._collection.close()
+
+    @property
+    def stalled(self) -> bool:
+        """True while something that has come is in no memory that outlives us."""
+        return self._filling is not None and self._filling.stalled
 
     @property
     def may_be_done(self) -> bool:
@@ -300,9 +475,14 @@ class Recipient:
         )
 
     @property
-    def in_a_host_page(self) -> bool:
-        """True while the main stream is in the middle of a host page."""
-        return self._assemblers is not None and self._assemblers[MAIN].unfinished
+    def pages_outstanding(self) -> bool:
+        """True while a page is not here that was asked for."""
+        missing = next(self.loading.missing(), None)
+        return missing is not None or self.filling.holdings.outstanding_pages() > 0
+
+    def in_a_host_page(self, channel: int) -> bool:
+        """Tell whether a channel, `MAIN` or `PREEMPT`, is in the middle of a host page."""
+        return self._assemblers is not None and self._assemblers[channel].unfinished
 
     def read_faults(self) -> None:
         """Read and answer what faults there are; harmless when there are none."""
@@ -334,6 +514,9 @@ class Recipient:
         if self._filling is not None:
             self._filling.close()
         self._collection.close()
+        if self._package_file >= 0:
+            os.close(self._package_file)
+            self._package_file = -1
         if self.vmm is not None:
             self.vmm.close()
         closed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from postcopyd.incoming.blocktime import ThreadReport
 
@@ -103,6 +103,11 @@ class Counters:
     retries: int = 0
     """Placings put off because the VMM's memory was changing or short."""
 
+    def take_over(self, other: Counters) -> None:
+        """Go on from what a predecessor has counted."""
+        for counter in fields(self):
+            setattr(self, counter.name, getattr(other, counter.name))
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyReport:
@@ -145,6 +150,16 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True)
+class MissingRange:
+    """Memory that never came: an access to it is a memory error."""
+
+    block: str
+    offset: int
+    """Bytes from the begin of the block."""
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A migration as it stands. All members are JSON values."""
 
@@ -171,6 +186,10 @@ class Report:
     never_sent: int | None = None
     """Pages that the source never sent (they are zero there too); known at the end."""
     fault_latency: LatencyReport = field(default_factory=lambda: LatencyReport.of(Histogram()))
+    network: str | None = None
+    """What is wrong with the network path to the source; None if nothing is known to be."""
+    stalled_seconds: float | None = None
+    """How long nothing has come though memory is missing; None while there is no alarm."""
     preempt: str | None = None
     """Where its preempt channel comes from; None if it has none."""
     threads: list[ThreadReport] = field(default_factory=list)
@@ -181,5 +200,7 @@ class Report:
     """From the source's first word of the switchover to the last page."""
     guest_lost: bool = False
     """True when it has failed and its source could not take the guest back any more."""
+    missing: list[MissingRange] = field(default_factory=list)
+    """Of a migration that was abandoned: what never came, in order."""
     waits_for_vmm: bool = False
     """True when everything is kept for another VMM, because one has not loaded its devices."""

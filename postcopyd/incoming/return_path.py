@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 
+from postcopyd.incoming.connection import Connection
 from postcopyd.wire.return_path import ReturnPathWriter
 
 _BACKLOG_LIMIT = 4 << 20
@@ -21,7 +21,7 @@ class ReturnPath:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        connection: socket.socket,
+        connection: Connection,
         lost: Callable[[Exception], None],
     ) -> None:
         """Write to `connection`; `lost` is called when it does not take anything any more."""

@@ -25,6 +25,9 @@ from postcopyd.kernel.memory import HOST_PAGE_SIZE, Mapping, advise
 from postcopyd.ram.block import RamBlock
 from postcopyd.ram.page_map import BlockMap
 
+_BLOCK = 512
+"""Bytes: the unit of st_blocks."""
+
 _MOVE = 1 << 20
 """Bytes that are moved at a time to another VMM's memory."""
 
@@ -37,10 +40,15 @@ class BlockStage:
     Every method that writes raises OSError when the file does not take it.
     """
 
-    def __init__(self, block: RamBlock, handed: HandedBlock, maps: BlockMap) -> None:
-        """Take the VMM's memory file, or make a staging file when there is none.
+    def __init__(
+        self, block: RamBlock, handed: HandedBlock, maps: BlockMap, staging: int | None = None
+    ) -> None:
+        """Stage in the VMM's memory file, or where it has none in a staging file.
 
+        :param staging: descriptor of the staging file, which is taken over; None where the VMM
+            has a memory file.
         :raise OSError: if there is no memory or the file cannot be used.
+        :raise ValueError: if the staging file has not the size of the block.
         """
         self.block = block
         self._maps = maps
@@ -48,11 +56,12 @@ class BlockStage:
         """True when pages go straight into the VMM's memory."""
         self._mapping: Mapping | None = None
         self._view: memoryview | None = None
-        if handed.memory_file is not None:
+        if staging is None:
+            assert handed.memory_file is not None
             self._file = os.dup(handed.memory_file)
             self._file_offset = handed.file_offset
         else:
-            self._file = memory_file.create("postcopyd-staging", block.length)
+            self._file = staging
             self._file_offset = 0
         self._huge = block.page_size > HOST_PAGE_SIZE
         self._moving = False
@@ -60,6 +69,9 @@ class BlockStage:
             if self.direct and self._huge:
                 self._map_huge_file()
             elif not self.direct:
+                # What is mapped beyond the end of a file is a SIGBUS.
+                if (found := os.fstat(self._file).st_size) != block.length:
+                    raise ValueError(f"the staging of {block.name!r} has {found} bytes")
                 self._mapping = Mapping.of_file(self._file, block.length)
         except BaseException:
             os.close(self._file)
@@ -90,6 +102,11 @@ class BlockStage:
                 ) from error
         self._mapping = Mapping.of_file(self._file, self.block.length, self._file_offset)
         self._view = self._mapping.view
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory that the file takes."""
+        return os.fstat(self._file).st_blocks * _BLOCK
 
     def write(self, offset: int, payload: memoryview) -> None:
         """Keep page content; the last one counts."""

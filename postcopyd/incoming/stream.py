@@ -1,4 +1,4 @@
-"""One stream connection: a non-blocking socket, a sans-IO reader, and the messages in between."""
+"""One stream connection: what is like a socket, a sans-IO reader, and the messages in between."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from postcopyd.incoming.connection import Connection
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Message, Pages
 
@@ -24,8 +25,10 @@ _RECEIVES_A_TURN = 4
 _READ_AHEAD = 128
 _READ_AHEAD_CAREFULLY = 16
 _READ_AHEAD_BESIDE = 64
-"""Pages that one receive may bring: at most, while the guest faults, and while it faults and what
-it waits for comes on another connection. What was received stands before a requested page."""
+_READ_AHEAD_IN_COMPANY = 32
+"""Pages that one receive may bring: at most, while the guest faults, while it faults and what it
+waits for comes on another connection, and while another guest faults. What was received stands
+before a requested page."""
 
 _CAREFUL_FOR = 64
 """Receives for which the guest is taken to be faulting after a fault."""
@@ -39,10 +42,6 @@ class Reader(Protocol):
     @property
     def position(self) -> int:
         """How many bytes of the connection have been consumed."""
-
-    @property
-    def ended(self) -> bool:
-        """True once the source has said that nothing follows."""
 
     def buffers(self) -> list[memoryview]:
         """Return where the next bytes must be written."""
@@ -64,13 +63,14 @@ class StreamConnection:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        connection: socket.socket,
+        connection: Connection,
         reader: Reader,
         *,
         deliver: Callable[[Message], None],
         faults_first: Callable[[], None],
         lost: Callable[[Exception], None],
         fault_window: int,
+        others_fault: Callable[[], bool] = lambda: False,
         urgent: bool = False,
     ) -> None:
         """Take over `connection`; nothing is received before `resume`.
@@ -80,11 +80,12 @@ class StreamConnection:
         :param lost: called once, when the stream stops or is wrong; the connection is of no use
             any more.
         :param fault_window: bytes that may queue in a TCP connection before a requested page.
+        :param others_fault: asked once a turn: whether other guests wait for theirs.
         :param urgent: what comes is waited for: acknowledge it at once.
         """
         prepare(connection, fault_window)
         self._loop = loop
-        self._socket = connection
+        self.connection = connection
         self._descriptor = connection.fileno()
         self._receive_into = connection.recvmsg_into
         # A source sends what does not fill a segment only when all before it is acknowledged
@@ -95,12 +96,17 @@ class StreamConnection:
         self._deliver = deliver
         self._faults_first = faults_first
         self._lost = lost
+        self._others_fault = others_fault
+        self._in_company = False
         self._waiting: Iterator[Message] = iter(())
         self._careful = 0
         self._read_ahead_carefully = _READ_AHEAD_CAREFULLY
         self._gently = False
         self._reading = False
+        self._turn_follows = False
         self._paused = True
+        self.ending: Exception | None = None
+        """Why the stream ends behind what is here, once that is so."""
         self.closed = False
         self.bytes_received = 0
 
@@ -128,6 +134,8 @@ class StreamConnection:
             pages = _READ_AHEAD_CAREFULLY
         elif self._careful:
             pages = self._read_ahead_carefully
+        elif self._in_company:
+            pages = _READ_AHEAD_IN_COMPANY
         else:
             pages = _READ_AHEAD
         self.reader.read_ahead_pages = pages
@@ -147,42 +155,84 @@ class StreamConnection:
         if self._deliver_waiting() and not self._reading:
             self._loop.add_reader(self._descriptor, self._readable)
             self._reading = True
+            # What has been decrypted already makes no descriptor readable.
+            self._take_further_turn()
+
+    def end_behind_what_is_here(self, error: Exception) -> None:
+        """Receive what the source has sent already, then stop with `error`.
+
+        For when it is lost, but what it has said is not: a package that lies in the socket must be
+        taken, because its source cannot take the guest back.
+        """
+        if self.ending is None:
+            self.ending = error
+            if self._reading:
+                self._take_further_turn()
 
     def receive_waiting(self) -> None:
         """Receive what is there now, ahead of the event loop's turn."""
         if self._reading:
-            self._readable()
+            self._take_turn()
 
     def _readable(self) -> None:
+        if not self._turn_follows:
+            self._take_turn()
+
+    def _go_on(self) -> None:
+        self._turn_follows = False
+        if self._reading:
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Receive until the socket is empty, in this turn of the event loop or in further ones.
+
+        libuv tells of a connection that was reset once, and then watches it no more. Who reads only
+        a part of what is there would never learn that nothing follows.
+        """
         try:
-            self._receive()
+            if not self._receive() and self._reading:
+                self._take_further_turn()
         except Exception as error:
             # A mistake of ours: it ends this stream, not the daemon, and it is logged.
             self._stop(error)
             raise
 
-    def _receive(self) -> None:
+    def _take_further_turn(self) -> None:
+        if not self._turn_follows:
+            self._turn_follows = True
+            self._loop.call_soon(self._go_on)
+
+    def _receive(self) -> bool:
+        """Receive for one turn; True if there is nothing more."""
         reader = self.reader
-        for _ in range(1 if self._gently else _RECEIVES_A_TURN):
+        in_company = self._others_fault()
+        if in_company is not self._in_company:
+            self._in_company = in_company
+            self._read_ahead()
+        for _ in range(1 if self._gently or in_company else _RECEIVES_A_TURN):
             room = reader.buffers()
             try:
                 count = self._receive_into(room)[0]
-            except (BlockingIOError, InterruptedError):
-                return
+            except BlockingIOError:
+                if self.ending is not None:
+                    self._stop(self.ending)
+                return True
+            except InterruptedError:
+                continue
             except OSError as error:
-                self._stop(error)
-                return
+                self._stop(self.ending or error)
+                return True
             if count == 0:
                 self._end_of_file()
-                return
+                return True
             self.bytes_received += count
             if self._acknowledge:
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             try:
                 messages = reader.received(count)
             except ProtocolError as error:
                 self._stop(error)
-                return
+                return True
             if self._careful:
                 self._waiting = _in_parts(messages)
                 self._careful -= 1
@@ -191,12 +241,12 @@ class StreamConnection:
             else:
                 self._waiting = iter(messages)
             if not self._deliver_waiting():
-                return
-            if count < len(room) * _ENTRY:
-                return  # the socket is empty now; asking it would cost as much as a page
-            self._faults_first()
-            if self._paused or self.closed:
-                return
+                return True
+            if count >= len(room) * _ENTRY:
+                self._faults_first()
+                if self._paused or self.closed:
+                    return True
+        return False
 
     def _deliver_waiting(self) -> bool:
         """Deliver until all is delivered (True), or somebody paused or closed us (False)."""
@@ -216,6 +266,9 @@ class StreamConnection:
         return True
 
     def _end_of_file(self) -> None:
+        if self.ending is not None:
+            self._stop(self.ending)
+            return
         try:
             self.reader.connection_lost()
         except ProtocolError as error:
@@ -229,12 +282,15 @@ class StreamConnection:
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
-        if self.closed:
-            return
+        if not self.closed:
+            self.release()
+            self.connection.close()
+
+    def release(self) -> None:
+        """Receive nothing more; the connection stays open, and is the caller's."""
         self.pause()
         self.closed = True
         self._waiting = iter(())
-        self._socket.close()
 
 
 def _in_parts(messages: Iterable[Message]) -> Iterator[Message]:
@@ -246,7 +302,7 @@ def _in_parts(messages: Iterable[Message]) -> Iterator[Message]:
             yield message
 
 
-def prepare(connection: socket.socket, fault_window: int) -> None:
+def prepare(connection: Connection, fault_window: int) -> None:
     """Set a connection up before its first byte: nothing waits, and little is in front of a fault.
 
     :param fault_window: bytes that may queue in a TCP connection before a requested page.
@@ -261,7 +317,7 @@ def prepare(connection: socket.socket, fault_window: int) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
-def _with_room(connection: socket.socket, window: int) -> int:
+def _with_room(connection: Connection, window: int) -> int:
     """Return `window`, or the smallest size above it that has room for three segments.
 
     The kernel doubles what it is told. A source sends no part of a segment, so a buffer with room

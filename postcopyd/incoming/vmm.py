@@ -41,6 +41,19 @@ class GuestMemory:
     registered: bool
     """True when the VMM registered its memory before the handoff, as Firecracker does."""
 
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """The userfaultfd and each memory file once, by names of their own.
+
+        The names follow the order of the blocks: in a successor, which gets other numbers for the
+        same descriptors, each file has the same name again.
+        """
+        files = dict.fromkeys(block.memory_file for block in self.blocks)
+        files.pop(None, None)
+        return {"userfaultfd": self.userfaultfd.fileno()} | {
+            f"memory-file-{number}": file for number, file in enumerate(files) if file is not None
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class FedBlock:
@@ -110,6 +123,17 @@ class Vmm(Protocol):
     def thread_names(self) -> Mapping[int, str]:
         """Thread id -> name, such as ``vcpu0``, of the threads whose waiting is told one by one."""
 
+    @property
+    def kind(self) -> str:
+        """By which a successor of this process finds who can go on with `facts`."""
+
+    def facts(self) -> object:
+        """Return what a successor must know of it, as values of JSON; it may change."""
+
+    @property
+    def descriptors(self) -> Mapping[str, int]:
+        """All that a successor needs, the userfaultfd and memory files too, by names of its own."""
+
     def check_machine(self, machine: str) -> None:
         """Check that the VMM is a machine of the source's type.
 
@@ -138,8 +162,11 @@ class Vmm(Protocol):
             knows where it is.
         """
 
-    async def complete(self) -> None:
-        """Tell that all memory is there: balloon, huge pages and locks may come back."""
+    async def complete(self, missing: int) -> None:
+        """Tell that no more memory comes: balloon, huge pages and locks may come back.
+
+        :param missing: bytes that never came and are memory errors; 0 when all memory is there.
+        """
 
     async def failed(self, reason: str) -> None:
         """Tell that the migration has ended without all memory."""

@@ -104,6 +104,18 @@ class Mapping:
         if libc.munmap(self.address, self.length) < 0:
             raise failure(f"unmapping {self.address:#x}+{self.length:#x}", last_errno())
 
+    def close_when_unused(self) -> None:
+        """Unmap it as soon as nobody holds a part of `view` any more: now, or later by itself."""
+        if self._closed:
+            return
+        self.view.release()
+        array = self._array()
+        if array is None:
+            self.close()
+        else:
+            self._closed = True
+            weakref.finalize(array, libc.munmap, self.address, self.length)
+
     def __enter__(self) -> Self:
         return self
 

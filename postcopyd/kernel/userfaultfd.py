@@ -15,7 +15,7 @@ import fcntl
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -229,12 +229,17 @@ class Userfaultfd:
     def unregister(self, address: int, length: int) -> None:
         """Watch a range no more; who waits there goes on, with zeros where a page is missing.
 
+        The kernel wakes before it locks the mapping (userfaultfd_unregister() of Linux 6.18), so a
+        thread whose fault is on its way at that moment begins to wait behind its back, for ever.
+        Waking once more finds it.
+
         :raise OSError: if the range is not mapped (EINVAL), or the process has exited (ENOMEM).
         """
         try:
             _ioctl(self._descriptor, _IOC_UNREGISTER, struct.pack("QQ", address, length))
         except OSError as error:
             raise _failed(f"UFFDIO_UNREGISTER of {address:#x}+{length:#x}", error) from error
+        self.wake(address, length)
 
     def wake(self, address: int, length: int) -> None:
         """Let who waits in a range try again; who finds no page then faults anew.
@@ -329,6 +334,15 @@ class Userfaultfd:
 
     # -- events ------------------------------------------------------------------------------
 
+    def read_into(self, memory: memoryview) -> None:
+        """Have `read_events` read into `memory`, writable and at least 32 bytes, from now on.
+
+        What the kernel has handed out is there then, also for who finds it after us.
+        """
+        length = min(len(memory) // _MESSAGE_SIZE, _MESSAGES_A_READ) * _MESSAGE_SIZE
+        self._messages = memory[:length]
+        self._read_into = [self._messages]
+
     def read_events(self) -> Iterable[tuple[int, int, int, int]]:
         """Read up to 64 events, without waiting; empty when there is none.
 
@@ -355,6 +369,17 @@ class Userfaultfd:
         if length == _MESSAGE_SIZE:
             return (_unpack_message(self._messages),)
         return _iterate_messages(self._messages[:length])
+
+
+def removals_in(messages: memoryview) -> Iterator[tuple[int, int]]:
+    """Give start and end of each removal in memory that `read_events` has read into.
+
+    Also of those that a later read has not written over; messages of no known kind are left out.
+    """
+    whole = len(messages) // _MESSAGE_SIZE * _MESSAGE_SIZE
+    for event, first, second, _ in _iterate_messages(messages[:whole]):
+        if event in (EVENT_REMOVE, EVENT_UNMAP):
+            yield first, second
 
 
 def _outcome(error: OSError, result: int) -> int:

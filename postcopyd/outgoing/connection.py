@@ -9,24 +9,28 @@ it the requests.
 from __future__ import annotations
 
 import asyncio
+import errno
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
-from postcopyd.outgoing.records import Batch, Pause
-from postcopyd.wire.address import Address
+from postcopyd.outgoing.liveness import INFO_LENGTH, Liveness
+from postcopyd.outgoing.records import Batch, Buffer, Pause
 
-_CONNECT_SECONDS: Final = 10
+BREAK_AFTER: Final = 10.0
+"""Seconds without an answer from the destination's host that break a connection."""
+SHORTEST_BREAK: Final = 1.0
+"""Less is no sign of a break: answers to probes of a full window are that far apart."""
+LONGEST_BREAK: Final = 3600.0
 _NOT_SENT_LIMIT: Final = 128 << 10
 """TCP: bytes that the kernel takes beyond what it has sent."""
-_KEEPALIVE: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-)
-"""A destination whose machine has gone is noticed after 40 s, also while nothing is to be sent."""
+_KEEPALIVE_PROBES: Final = 3
+_LOOKS: Final = 8
+"""How often an answer is looked for, in the time in which one must come."""
+_TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_CLOSED: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
 _MOST_BUFFERS: Final = 1024
 """IOV_MAX: more are an error (sendmsg(2))."""
 _RECEIVE_BYTES: Final = 64 << 10
@@ -37,59 +41,68 @@ class ConnectionLost(Exception):
     """The connection cannot be used any more; the text says what happened to it."""
 
 
-async def connect(address: Address) -> socket.socket:
-    """Return a connected non-blocking socket.
+class PeerClosed(ConnectionLost):
+    """The other end has closed it."""
 
-    :raise ConnectionLost: if nobody answers there.
+
+class Stream(Protocol):
+    """As much of a connected stream socket as is used here: that is one, or what encrypts.
+
+    Every method may raise `OSError`, and those that send or receive `ConnectionLost`.
     """
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(_CONNECT_SECONDS):
-            if address.kind == "unix":
-                return await _connect_one(loop, socket.AF_UNIX, address.path)
-            found = await loop.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-            )
-            for number, (family, _, _, _, place) in enumerate(found, 1):
-                try:
-                    return await _connect_one(loop, family, place)
-                except OSError:
-                    if number == len(found):
-                        raise
-            raise ConnectionLost(f"cannot connect to {address}: the name has no address")
-    except TimeoutError:
-        raise ConnectionLost(
-            f"cannot connect to {address}: no answer in {_CONNECT_SECONDS} s"
-        ) from None
-    except OSError as error:
-        raise ConnectionLost(f"cannot connect to {address}: {_reason(error)}") from error
 
+    @property
+    def family(self) -> int:
+        """AF_INET, AF_INET6 or AF_UNIX."""
 
-async def _connect_one(
-    loop: asyncio.AbstractEventLoop, family: int, place: str | tuple[object, ...]
-) -> socket.socket:
-    connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        connection.setblocking(False)
-        await loop.sock_connect(connection, place)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    def fileno(self) -> int:
+        """Return the descriptor, which tells when to read and to write."""
+
+    def setblocking(self, flag: bool, /) -> None:
+        """Have reading and writing wait, or not."""
+
+    def getsockopt(self, level: int, option: int, length: int, /) -> bytes:
+        """Return an option of the socket."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None:
+        """Set an option of the socket."""
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Receive into `buffer`; return how many bytes, 0 at the end.
+
+        :raise BlockingIOError: if nothing is here.
+        """
+
+    def sendmsg(self, buffers: Iterable[Buffer], /) -> int:
+        """Send the beginning of `buffers`; return how many bytes that is.
+
+        :raise BlockingIOError: if nothing can be sent now. What is sent next begins with the same
+            bytes.
+        """
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
 
 
 class Connection:
     """One connection to the destination. Used by one coroutine at a time."""
 
-    def __init__(self, connection: socket.socket, received: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self,
+        connection: Stream,
+        received: Callable[[memoryview], None],
+        break_after: float = BREAK_AFTER,
+    ) -> None:
         """Take over `connection` and read from it at once.
 
         :param received: called with what the destination sent; what it raises ends the connection
             and is raised by `send` and `until`.
+        :param break_after: seconds; the connection is lost when the destination's host has not
+            answered for so long. One that answers may leave data unread for any time.
         :raise OSError: if the socket, closed then, is no stream socket that can be set up.
         """
         try:
-            _set_up(connection)
+            _set_up(connection, break_after)
         except OSError:
             connection.close()
             raise
@@ -111,6 +124,11 @@ class Connection:
         self.crowded = False
         """True when the kernel did not take the last batch at once."""
         self._loop.add_reader(self._descriptor, self._readable)
+        self._break_after = break_after
+        self._liveness = Liveness()
+        self._look: asyncio.TimerHandle | None = None
+        if connection.family in _TCP_FAMILIES:
+            self._look_for_answer()
 
     # -- what a coroutine asks for ---------------------------------------------------------------
 
@@ -171,6 +189,10 @@ class Connection:
             # A lone batch, such as the answer to a request in a pause, needs no writer.
             if not self._writer_added and not self._batch and not self._next_batch():
                 return
+        except ConnectionLost as error:
+            self._hear_last_words()
+            self._fail(error)
+            return
         except Exception as error:
             self._fail(error)
             return
@@ -226,8 +248,10 @@ class Connection:
         try:
             count = self._socket.recv_into(self._receive_buffer)
             if not count:
-                raise ConnectionLost("the destination closed the connection")
+                raise PeerClosed("the destination closed the connection")
             self._received(self._receive_buffer[:count])
+            # libuv tells of a reset once, and it may have been now.
+            self._loop.call_soon(self._look_again)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -236,13 +260,43 @@ class Connection:
             self._fail(error)
         self._notify()
 
+    def _look_again(self) -> None:
+        if self._descriptor >= 0 and self._failure is None:
+            self._readable()
+
+    def _hear_last_words(self) -> None:
+        """Receive what came before the connection was lost: it may say why."""
+        try:
+            while self._failure is None and (count := self._socket.recv_into(self._receive_buffer)):
+                self._received(self._receive_buffer[:count])
+        except OSError:
+            return
+        except Exception as error:
+            self._fail(error)
+
     # -- the end -----------------------------------------------------------------------------
+
+    def _look_for_answer(self) -> None:
+        """See whether the destination's host still answers, and again in a while."""
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO_LENGTH)
+        if self._liveness.unanswered(info, self._loop.time()) >= self._break_after:
+            self._fail(
+                ConnectionLost(
+                    "the connection was lost: no answer from the destination's host for "
+                    f"{self._break_after:g} s"
+                )
+            )
+            return
+        self._look = self._loop.call_later(self._break_after / _LOOKS, self._look_for_answer)
 
     def _stop(self) -> None:
         self._remove_writer()
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
         self._batches = _NOTHING
         self._batch = []
 
@@ -258,20 +312,28 @@ class Connection:
             self._waiter.set_result(None)
 
 
-def _set_up(connection: socket.socket) -> None:
+def _set_up(connection: Stream, break_after: float) -> None:
     connection.setblocking(False)
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT_LIMIT)
-        for option in _KEEPALIVE:
-            connection.setsockopt(*option)
+    if connection.family in _TCP_FAMILIES:
+        # An idle connection: the first probe at half of the time, the last one when it is over.
+        interval = math.ceil(break_after / 2 / _KEEPALIVE_PROBES)
+        for level, option, value in (
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT_LIMIT),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, math.ceil(break_after / 2)),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES),
+        ):
+            connection.setsockopt(level, option, value)
 
 
 def _lost(error: OSError) -> ConnectionLost:
-    return ConnectionLost(f"the connection was lost: {_reason(error)}")
+    what = f"the connection was lost: {reason_of(error)}"
+    return PeerClosed(what) if error.errno in _CLOSED else ConnectionLost(what)
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """Return what the system says of it; event loops put texts of their own in its place."""
     if error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)

@@ -17,6 +17,9 @@ _CROWDED_BYTES: Final = 32 << 10
 _SMOOTHING_SECONDS: Final = 0.01
 """A batch of the scan is at most what the bandwidth allows in this time."""
 
+_END_SECONDS: Final = 1.0
+"""How long to wait for leave to end the stream, before asking again; leave that comes wakes up."""
+
 
 class PostcopyPages:
     """What is sent behind the package, made when it is about to be sent.
@@ -33,11 +36,13 @@ class PostcopyPages:
         clock: Callable[[], float],
         counts: Counts,
         crowded: Callable[[], bool],
+        may_end: Callable[[], bool],
     ) -> None:
         """Send what `schedule` says of `blocks`, which must not change any more.
 
         :param clock: seconds, never going back.
         :param crowded: true if the connection could not take the last batch at once.
+        :param may_end: true if the end may be sent; asked when everything else was.
         :raise OSError: if a file cannot be asked for its holes.
         """
         self._blocks = blocks
@@ -48,6 +53,7 @@ class PostcopyPages:
         self._bandwidth = bandwidth
         self._clock = clock
         self._crowded = crowded
+        self._may_end = may_end
         self._most = BATCH_BYTES
         if bandwidth.rate is not None:
             self._most = min(BATCH_BYTES, int(bandwidth.rate * _SMOOTHING_SECONDS) or 1)
@@ -65,7 +71,11 @@ class PostcopyPages:
         while True:
             yield from self._requested()
             if not schedule.remaining:
-                break
+                if self._may_end():
+                    break
+                records.close_section()
+                yield records.take() if records.size else Pause(_END_SECONDS)
+                continue
             wait = self._bandwidth.wait(self._clock())
             if wait > 0:
                 yield Pause(wait)

@@ -48,6 +48,10 @@ class SendSchedule:
         )
         """Bytes of the host pages that have not been handed out."""
 
+    def unsent(self) -> list[bitarray]:
+        """Return for each block which pages have not been handed out; still the schedule's own."""
+        return self._dirty
+
     def request(self, block: int, first: int, count: int = 1) -> bool:
         """Hand out these host pages before all others, behind those that were requested before.
 

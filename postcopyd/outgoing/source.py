@@ -1,12 +1,13 @@
-"""One outgoing migration: what a QEMU source does with postcopy-ram (qemu-wire, 5.2).
+"""One outgoing migration: what a QEMU source does with postcopy-ram, and comes back after breaks.
 
-The order of the messages is the order of the calls in `OutgoingMigration._migrate`.
+What happens on one connection is in `attempt.py`; here one connection follows the other until the
+destination has confirmed that it has everything.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,30 +15,26 @@ from typing import Final
 
 from bitarray import bitarray
 
+from postcopyd.outgoing.attempt import Attempt, Cargo, DestinationFailed
 from postcopyd.outgoing.bandwidth import Bandwidth
-from postcopyd.outgoing.connection import Connection, ConnectionLost
+from postcopyd.outgoing.comeback import Comeback, Reconnect
+from postcopyd.outgoing.connection import (
+    BREAK_AFTER,
+    LONGEST_BREAK,
+    SHORTEST_BREAK,
+    ConnectionLost,
+    PeerClosed,
+    Stream,
+)
 from postcopyd.outgoing.image import MemoryImage
-from postcopyd.outgoing.postcopy import PostcopyPages
-from postcopyd.outgoing.precopy import SentPages, send_pass
-from postcopyd.outgoing.records import RamRecords
 from postcopyd.outgoing.report import Account, Phase, Report
-from postcopyd.outgoing.schedule import SendSchedule
-from postcopyd.ram.discard_plan import discard_plan
+from postcopyd.outgoing.standing import Standing, Way
+from postcopyd.outgoing.tls import NotTrusted
 from postcopyd.wire import stream_writer
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.package import parse_package
-from postcopyd.wire.return_path import (
-    PageRequest,
-    Pong,
-    ReturnMessage,
-    ReturnPathReader,
-    Shut,
-    SwitchoverAck,
-)
-from postcopyd.wire.stream_format import NAME_LIMIT, TARGET_PAGE_SIZE
+from postcopyd.wire.stream_format import NAME_LIMIT
 
-_SECTION_ID: Final = 2
-"""Of the section "ram": any number, the same one for a whole migration."""
 _PROGRESS_SECONDS: Final = 0.1
 _PACKAGED_HEADER: Final = 9
 """Bytes of the command PACKAGED in front of the package itself."""
@@ -53,6 +50,10 @@ class Settings:
     """Passes over the memory before the switchover; 0 sends everything after it."""
     max_bandwidth: int | None = None
     """Bytes a second for all that nobody has asked for; None for as many as will go."""
+    break_after: float = BREAK_AFTER
+    """Seconds, 1 to 3600, without an answer after which a connection counts as broken."""
+    retry_for: float | None = None
+    """Seconds that an outage may last, 0 not to come back; None as `Comeback` says."""
 
 
 class MigrationFailed(Exception):
@@ -61,8 +62,8 @@ class MigrationFailed(Exception):
     def __init__(self, reason: str, after_package: bool) -> None:
         """Say why.
 
-        :param after_package: True if the package was, or may have been, sent: the guest must not
-            go on here, the destination may be running it. Otherwise nothing is lost.
+        :param after_package: True if the package was sent, all of it: the guest must not go on
+            here, the destination may be running it. Otherwise nothing is lost.
         """
         super().__init__(reason, after_package)
         self.reason = reason
@@ -75,8 +76,8 @@ class MigrationFailed(Exception):
 class OutgoingMigration:
     """Sends one memory image to one destination, which then runs the guest.
 
-    The image, and what another connection would have to know, stay as they are until the
-    destination has confirmed that it has everything.
+    The image, and what another connection has to know, stay as they are until the destination has
+    confirmed that it has everything.
     """
 
     def __init__(
@@ -87,13 +88,15 @@ class OutgoingMigration:
         *,
         stop_guest: Callable[[], Awaitable[None]] | None = None,
         progress: Callable[[Report], None] | None = None,
+        jitter: random.Random | None = None,
     ) -> None:
         """Prepare to send `image`, which stays the caller's to close.
 
         :param device_state: device sections as QEMU writes them, one behind the other.
-        :param stop_guest: awaited at the switchover; when it returns nobody may write to the
-            image's files any more. None if nobody does anyway.
+        :param stop_guest: awaited once, at the first switchover; when it returns nobody may write
+            to the image's files any more. None if nobody does anyway.
         :param progress: called about ten times a second and at each new phase; must not raise.
+        :param jitter: spreads the tries to come back.
         :raise ValueError: if a setting is out of range, or `device_state` cannot be device
             sections: a destination would find that out when there is no way back.
         """
@@ -102,176 +105,136 @@ class OutgoingMigration:
             raise ValueError(f"machine name {settings.machine!r} must have 1 to {NAME_LIMIT} bytes")
         if settings.precopy_passes < 0:
             raise ValueError(f"{settings.precopy_passes} pre-copy passes: at least 0 are possible")
+        if not SHORTEST_BREAK <= settings.break_after <= LONGEST_BREAK:
+            raise ValueError(
+                f"a break after {settings.break_after:g} s: {SHORTEST_BREAK:g} to "
+                f"{LONGEST_BREAK:g} are possible"
+            )
+        if settings.retry_for is not None and not settings.retry_for >= 0:
+            raise ValueError(f"{settings.retry_for:g} s to come back: at least 0 are possible")
         self._settings = settings
-        self._image = image
-        self._bandwidth = Bandwidth(settings.max_bandwidth)
-        self._package = _checked_package(device_state)
-        self._stop_guest = stop_guest
+        self._cargo = Cargo(
+            image,
+            _checked_package(device_state),
+            settings.machine,
+            settings.precopy_passes,
+            Bandwidth(settings.max_bandwidth),
+            stop_guest,
+            settings.break_after,
+        )
         self._progress = progress
         self._progress_timer: asyncio.TimerHandle | None = None
-        self._entries = [block.entry for block in image.blocks]
-        self._numbers = {block.name: number for number, block in enumerate(image.blocks)}
-        self._return_path = ReturnPathReader(self._entries)
         self._account = Account(time.monotonic)
-        self._sent = [SentPages(block) for block in image.blocks]
-        self._schedule: SendSchedule | None = None
-        self._postcopy: PostcopyPages | None = None
-        self._connection: Connection | None = None
-        self._shut = False
+        self._standing = Standing()
+        self._jitter = jitter or random.Random()  # noqa: S311 - no secret
+        self._attempt: Attempt | None = None
+        self._running = False
+        self._bytes_before = 0
+        """Bytes that earlier connections have sent."""
+        self._pages_before = 0
+        """Pages that had been sent when the migration began anew last."""
+        self._unsent: list[bitarray] | None = None
 
-    async def run(self, connection: socket.socket) -> Report:
-        """Migrate over `connection`, a connected TCP or Unix stream socket, which is taken over.
+    async def run(self, connection: Stream, reconnect: Reconnect | None = None) -> Report:
+        """Migrate over `connection`, TCP, TLS or a Unix stream socket, which is taken over.
 
+        :param reconnect: makes another connection to the same destination after a break; raises
+            `ConnectionLost` if it cannot. None to fail with the first break.
         :return: the final report, when the destination has confirmed that it has everything.
         :raise MigrationFailed: if that does not come to pass.
         :raise OSError: if the image's files cannot be read.
         :raise RuntimeError: if it was called before.
         :raise Exception: what `stop_guest` raised.
         """
-        if self._connection is not None:
+        if self._running:
             raise RuntimeError("an outgoing migration runs once")
-        self._account = Account(time.monotonic)
+        self._running = True
+        account = self._account = Account(time.monotonic)
+        comeback = None
+        if reconnect is not None:
+            comeback = Comeback(
+                reconnect,
+                self._settings.retry_for,
+                self._jitter,
+                self._standing,
+                account,
+                self._enter,
+            )
         try:
-            self._connection = Connection(connection, self._receive)
             self._report_progress()
-            await self._migrate(self._connection)
-        except (ConnectionLost, ProtocolError) as error:
-            what = str(error)
-            if isinstance(error, ProtocolError):
-                what = f"the destination broke the protocol of the return path: {what}"
-            failure = self._account.failure = self._explain(what)
-            raise MigrationFailed(failure, self._schedule is not None) from error
+            await self._connections(connection, comeback)
+        except (ConnectionLost, ProtocolError, DestinationFailed) as error:
+            failure = account.failure = self._explain(_what(error))
+            raise MigrationFailed(failure, self._standing.package_sent) from error
         except asyncio.CancelledError:
-            self._account.failure = self._explain("cancelled")
+            account.failure = self._explain("cancelled")
             raise
         except BaseException as error:
-            self._account.failure = self._explain(f"{type(error).__name__}: {error}")
+            account.failure = self._explain(f"{type(error).__name__}: {error}")
             raise
         finally:
-            if self._connection is not None:
-                self._connection.close()
             if self._progress_timer is not None:
                 self._progress_timer.cancel()
-            self._enter(Phase.FAILED if self._account.failure else Phase.COMPLETED)
+            self._enter(Phase.FAILED if account.failure else Phase.COMPLETED)
         return self.report()
 
     def report(self) -> Report:
         """Tell how it stands."""
-        account = self._account
-        if self._connection is not None:
-            account.bytes_sent = self._connection.bytes_sent
-        if account.phase is Phase.POSTCOPY and self._schedule is not None:
-            account.phase_bytes = account.phase_total - self._schedule.remaining
+        account, attempt = self._account, self._attempt
+        account.bytes_sent = self._bytes_before
+        if attempt is not None:
+            account.bytes_sent += attempt.bytes_sent
+            if account.phase is Phase.POSTCOPY and attempt.remaining is not None:
+                account.phase_bytes = account.phase_total - attempt.remaining
         return account.report()
 
-    # -- the stream ------------------------------------------------------------------------------
+    # -- one connection after the other ----------------------------------------------------------
 
-    async def _migrate(self, connection: Connection) -> None:
-        writer = stream_writer.StreamWriter(_SECTION_ID)
-        records = RamRecords(writer, self._account.counts)
-        setup = (
-            stream_writer.configuration(self._settings.machine),
-            stream_writer.open_return_path(),
-            stream_writer.ping(1),
-            stream_writer.advise(self._image.page_sizes, TARGET_PAGE_SIZE),
-            writer.ram_start(self._entries),
-        )
-        await connection.send([[b"".join(setup)]])
-        for _ in range(self._settings.precopy_passes):
-            self._enter(Phase.PRECOPY, self._image.length)
-            await connection.send(
-                send_pass(self._sent, records, self._bandwidth, time.monotonic, self._looked_at)
+    async def _connections(self, connection: Stream, comeback: Comeback | None) -> None:
+        while True:
+            way, began = self._standing.way, time.monotonic()
+            attempt = self._attempt = Attempt(
+                connection, self._cargo, self._standing, self._account, self._enter
             )
-            self._account.counts.precopy_passes += 1
-        self._enter(Phase.SWITCHOVER, self._image.length)
-        stale = await self._stop_guest_and_compare()
-        discards = [
-            stream_writer.discard(block.name, ranges)
-            for block, pages in zip(self._image.blocks, stale, strict=True)
-            for ranges in discard_plan(pages, block.page_size)
-        ]
-        await connection.send([[b"".join((*discards, stream_writer.ping(2)))]])
-        writer.forget_block()
-        postcopy = self._prepare_postcopy(stale, records, connection)
-        await connection.send([[self._package, stream_writer.ping(4)]])
-        self._account.package_sent()
-        self._enter(Phase.POSTCOPY, self._account.counts.postcopy_bytes)
-        await connection.send(postcopy.batches())
-        self._enter(Phase.CLOSING)
-        await connection.until(lambda: self._shut)
+            try:
+                await self._go(attempt, way)
+                return
+            except (ConnectionLost, ProtocolError, DestinationFailed) as error:
+                broken: Exception = error
+            finally:
+                attempt.close()
+            self._standing.ended(way, isinstance(broken, PeerClosed) and not attempt.answered)
+            if comeback is None or self._is_final(broken):
+                raise broken
+            self._bytes_before += attempt.bytes_sent
+            self._unsent = attempt.unsent or self._unsent
+            self._attempt = None
+            connection = await comeback.connection(
+                _what(broken), time.monotonic() - began, attempt.progressed
+            )
 
-    async def _stop_guest_and_compare(self) -> list[bitarray]:
-        """Return for each block which host pages the destination has not got as they are now."""
-        if self._stop_guest is not None:
-            await self._stop_guest()
-        stale: list[bitarray] = []
-        behind = 0
-        for sent in self._sent:
-            for looked_at, found in sent.find_stale():
-                self._looked_at(behind + looked_at)
-                if found is not None:
-                    stale.append(found)
-                await asyncio.sleep(0)
-            behind += sent.block.length
-        return stale
+    def _is_final(self, broken: Exception) -> bool:
+        """Tell whether there is nothing to come back to."""
+        standing = self._standing
+        if isinstance(broken, DestinationFailed):
+            # A package that was on its way may never have got there: the guest would be nowhere.
+            return not standing.package_sent or standing.package_arrived
+        # Before the package a destination that makes mistakes is better left alone, and one that
+        # does not believe us will not do so in a minute.
+        return isinstance(broken, ProtocolError | NotTrusted) and not standing.package_sent
 
-    def _prepare_postcopy(
-        self, stale: list[bitarray], records: RamRecords, connection: Connection
-    ) -> PostcopyPages:
-        """Have everything ready that could fail, then allow requests: the package is next."""
-        page_sizes = [block.page_size for block in self._image.blocks]
-        schedule = SendSchedule(stale, page_sizes)
+    async def _go(self, attempt: Attempt, way: Way) -> None:
         counts = self._account.counts
-        counts.postcopy_bytes = schedule.remaining
-        self._postcopy = PostcopyPages(
-            self._image.blocks,
-            schedule,
-            records,
-            self._bandwidth,
-            time.monotonic,
-            counts,
-            lambda: connection.crowded,
-        )
-        self._schedule = schedule
-        return self._postcopy
+        if way is Way.RESUME:
+            await attempt.resume(self._unsent)
+            return
+        pages = counts.pages + counts.zero_pages
+        counts.pages_again += pages - self._pages_before
+        self._pages_before = pages
+        self._enter(Phase.SETUP)
+        await attempt.begin()
 
-    # -- the return path -------------------------------------------------------------------------
-
-    def _receive(self, data: memoryview) -> None:
-        for message in self._return_path.feed(data):
-            self._take(message)
-
-    def _take(self, message: ReturnMessage) -> None:
-        match message:
-            case PageRequest(block, offset, length):
-                self._take_request(block, offset, length)
-            case Shut(0):
-                if self._postcopy is None or not self._postcopy.ended:
-                    raise ProtocolError("SHUT 0 before everything was sent", None)
-                self._shut = True
-            case Shut(status):
-                raise ConnectionLost(f"the destination reports failure (SHUT with status {status})")
-            case Pong() | SwitchoverAck():
-                pass
-            case _:
-                raise ProtocolError(f"{type(message).__name__} outside of a recovery", None)
-
-    def _take_request(self, block: str, offset: int, length: int) -> None:
-        if self._schedule is None:
-            raise ProtocolError(
-                f"a request for {offset:#x} of block {block!r} before the package was sent", None
-            )
-        self._account.counts.requests += 1
-        number = self._numbers[block]
-        page_size = self._entries[number].page_size
-        if self._schedule.request(number, offset // page_size, length // page_size):
-            assert self._connection is not None
-            self._connection.wake()
-
-    # -- helpers ---------------------------------------------------------------------------------
-
-    def _looked_at(self, count: int) -> None:
-        self._account.phase_bytes = count
+    # -- what is told ----------------------------------------------------------------------------
 
     def _enter(self, phase: Phase, total: int = 0) -> None:
         self._account.enter(phase, total)
@@ -287,11 +250,16 @@ class OutgoingMigration:
 
     def _explain(self, what: str) -> str:
         """Return what went wrong, where it did, and what that means for the guest."""
-        if self._schedule is None:
-            then = "the package had not been sent: the guest can go on here"
-        else:
-            then = "the package had been sent: the guest must not go on here"
-        return f"{what} (phase {self._account.phase.value}; {then})"
+        phase = self._account.phase.value
+        if self._account.phase is Phase.RECONNECTING:
+            phase += f", broken in {self._account.broken_in.value}"
+        return f"{what} (phase {phase}; {self._standing.means})"
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, ProtocolError):
+        return f"the destination broke the protocol of the return path: {error}"
+    return str(error)
 
 
 def _checked_package(device_state: bytes) -> bytes:

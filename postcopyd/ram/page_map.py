@@ -6,8 +6,8 @@ the descriptor and the block table finds the state without asking anybody:
 ========= =========================================================================================
 received  we have the page: it is placed, or staged, or known to be zero. Set *after* placing:
           placing again is harmless, believing too much is not.
-requested the source was asked for it, for a fault on it or close to it. Cleared when it is asked
-          anew after a break.
+requested the source was asked for it, for a fault on it or close to it. It is asked anew after a
+          break.
 staged    it came before the switchover and waits in the staging file, not yet placed.
 zero      it reads as zeros by our own knowledge: it came as a zero page before the switchover, or
           the VMM removed it. It is never filled from the source.

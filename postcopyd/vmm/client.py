@@ -37,6 +37,8 @@ __all__ = ["Block", "Destination", "MigrationFailed"]
 
 _HELPFUL = Feature.THREAD_ID | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feature.EXACT_ADDRESS
 _RECEIVE = 64 << 10
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds before a handoff is tried again that was cut off."""
 _ROOM = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 
 
@@ -86,9 +88,14 @@ class Destination:
         self._events: deque[wire.Event] = deque()
         self._descriptors: deque[int] = deque()
         self._failure: str | None = None
+        self._hung_up = False
         self._huge_pages_off = self._at_stake = False
+        self._verdict: wire.Answer | None = None
         self.completed = False
-        """True when all memory has come."""
+        """True when no more memory comes."""
+        self.missing = 0
+        """Bytes that never came, because an operator has given them up: an access to them is a
+        SIGBUS with BUS_MCEERR_AR. Known when it is completed."""
         self.user_mode_only: bool
         """True where this process has no right to more: what the kernel itself does with missing
         memory, such as a read(2) into it, fails with EFAULT instead of waiting."""
@@ -99,13 +106,7 @@ class Destination:
             self._userfaultfd.handshake(_features(self._blocks))
             for block in self._blocks:
                 memory.advise(block.address, block.length, mmap.MADV_DONTFORK)
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            on_error.callback(self._socket.close)
-            self._connect(os.fspath(path), deadline)
-            self._hand_over(name, listen, deadline)
-            event = self._next_event(deadline)
-            if not isinstance(event, wire.Registered):
-                self._out_of_order(event)
+            event = self._hand_over_until_accepted(os.fspath(path), name, listen, deadline)
             self.name = event.name
             """What postcopyd calls the migration."""
             self.listen = event.listen
@@ -149,17 +150,21 @@ class Destination:
 
         :raise MigrationFailed: if the migration has ended.
         """
-        self._answer(wire.Loaded())
+        self._verdict = wire.Loaded()
+        self._answer(self._verdict)
 
     def refuse(self, reason: str) -> None:
         """Tell, instead of `loaded`, that the device state cannot be loaded.
 
         :raise MigrationFailed: if the migration has ended.
         """
-        self._answer(wire.Refused(reason[: wire.REASON_LIMIT]))
+        self._verdict = wire.Refused(reason[: wire.REASON_LIMIT])
+        self._answer(self._verdict)
 
     def wait_for_completion(self, timeout: float | None = None) -> None:
-        """Return when all memory has come; huge pages and locks are back then.
+        """Return when no more memory comes; huge pages and locks are back then.
+
+        That is all memory, unless `missing` says otherwise.
 
         :param timeout: seconds; None waits for ever.
         :raise MigrationFailed: if the migration has ended without all memory. What touches
@@ -171,6 +176,7 @@ class Destination:
         while not self.completed:
             event = self._next_event(deadline)
             if isinstance(event, wire.Complete):
+                self.missing = event.missing
                 self._complete()
             else:
                 self._serve(event)
@@ -184,6 +190,36 @@ class Destination:
         self._userfaultfd.close()
 
     # -- the handoff -------------------------------------------------------------------------
+
+    def _hand_over_until_accepted(
+        self, path: str, name: str, listen: str | None, deadline: float | None
+    ) -> wire.Registered:
+        """Hand over; again when postcopyd is killed before it has said what it makes of it."""
+        for pause in _PAUSES:
+            try:
+                return self._hand_over_once(path, name, listen, deadline)
+            except MigrationFailed:
+                if not self._hung_up:
+                    raise
+            self._failure, self._hung_up = None, False
+            self._reader = wire.event_reader()
+            time.sleep(pause)
+        return self._hand_over_once(path, name, listen, deadline)
+
+    def _hand_over_once(
+        self, path: str, name: str, listen: str | None, deadline: float | None
+    ) -> wire.Registered:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connect(path, deadline)
+            self._hand_over(name, listen, deadline)
+            event = self._next_event(deadline)
+            if not isinstance(event, wire.Registered):
+                self._out_of_order(event)
+        except BaseException:
+            self._close_connection()
+            raise
+        return event
 
     def _connect(self, path: str, deadline: float | None) -> None:
         # A full backlog makes a non-blocking connect(2) of a Unix socket fail at once, and
@@ -252,6 +288,7 @@ class Destination:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._descriptors.extend(array.array("i", content))
         if not data:
+            self._hung_up = True
             self._failure = "postcopyd closed the connection before all memory had come"
         try:
             self._events.extend(self._reader.feed(data))
@@ -271,8 +308,11 @@ class Destination:
             case wire.Discard() if not self._at_stake:
                 self._do(self._forbid_huge_pages)
                 self._answer(wire.Discarded())
-            case wire.Listening():
-                pass
+            case wire.Listening() | wire.Registered():
+                pass  # the latter once more: postcopyd was killed, and goes on
+            case wire.Run() if self._verdict is not None:
+                self._take_device_state(event)  # once more, likewise
+                self._answer(self._verdict)
             case _:
                 self._out_of_order(event)
 

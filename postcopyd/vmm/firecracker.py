@@ -6,8 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 
+import msgspec
+
 from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
 from postcopyd.vmm.peer import Peer
+
+KIND = "firecracker"
+
+
+class FirecrackerFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who handed the memory over."""
+
+    peer: Peer
 
 
 class FirecrackerVmm:
@@ -53,6 +63,20 @@ class FirecrackerVmm:
         """None are known."""
         return {}
 
+    @property
+    def kind(self) -> str:
+        """``firecracker``."""
+        return KIND
+
+    def facts(self) -> FirecrackerFacts:
+        """Return who it is: its socket is closed."""
+        return FirecrackerFacts(self._peer)
+
+    @property
+    def descriptors(self) -> Mapping[str, int]:
+        """Its memory, and the process itself."""
+        return self._memory.descriptors | {"pidfd": self._pidfd}
+
     def check_machine(self, machine: str) -> None:
         """Take any: it has restored its own devices."""
 
@@ -86,7 +110,7 @@ class FirecrackerVmm:
             "send none, and switch over to post-copy"
         )
 
-    async def complete(self) -> None:
+    async def complete(self, missing: int) -> None:
         """Do nothing: it does not listen."""
 
     async def failed(self, reason: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import array
+import asyncio
+import errno
 import os
 import socket
+import sys
+from collections.abc import Callable
 from typing import TypeAlias
 
 from postcopyd.vmm.checks import HandoffRefused
@@ -14,6 +18,8 @@ from postcopyd.wire.handoff import Handoff, LineReader, handoff_reader
 
 FirstContent: TypeAlias = Handoff | tuple[Region, ...]
 
+_CONNECTION = b"\0"
+"""What the connection itself goes along with when it is passed on."""
 _RECEIVE = 64 << 10
 # SCM_MAX_FD: more come with no one message, and more than one message is enough for are refused.
 _MOST_DESCRIPTORS = 253
@@ -23,11 +29,13 @@ _ROOM = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
 class FirstMessage:
     """The first message of one connection while it comes in. Owns the descriptors it brings."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, source: socket.socket | None = None) -> None:
+        """Receive from `connection`, or from `source` what somebody else has received from it."""
         self.connection = connection
+        self.source = source or connection
         self.descriptors: list[int] = []
         """In the order in which they were sent. Whoever takes one out closes it."""
-        self.bytes_received = 0
+        self.received = bytearray()
         self._reader: LineReader[Handoff] | RegionsReader | None = None
 
     @property
@@ -41,7 +49,7 @@ class FirstMessage:
         :raise HandoffRefused: if it is wrong, too large, or its sender has gone.
         """
         try:
-            data, ancillary, flags, _ = self.connection.recvmsg(
+            data, ancillary, flags, _ = self.source.recvmsg(
                 _RECEIVE, _ROOM, socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
@@ -62,7 +70,7 @@ class FirstMessage:
             raise HandoffRefused(f"more than {_MOST_DESCRIPTORS} descriptors came")
         if not data:
             raise HandoffRefused(self._stopped())
-        self.bytes_received += len(data)
+        self.received += data
         try:
             return self._feed(data)
         except ProtocolError as error:
@@ -81,14 +89,46 @@ class FirstMessage:
         return lines[0]
 
     def _stopped(self) -> str:
-        if self.bytes_received == 0:
+        if not self.received:
             return "the VMM closed the connection before it sent anything"
         return (
-            f"the VMM closed the connection after {self.bytes_received} bytes, in the middle of "
+            f"the VMM closed the connection after {len(self.received)} bytes, in the middle of "
             "its message"
         )
+
+    async def pass_on(self, to: socket.socket, announce: Callable[[], None]) -> None:
+        """Give the connection and all that came on it to another process.
+
+        It takes the connection with `take_connection`, and then receives from the other end of
+        `to` as from the connection.
+
+        :param to: a connected stream socket, non-blocking.
+        :param announce: hands the other end of `to` over.
+        :raise OSError: if the other process has gone, or there is no descriptor to spare.
+        """
+        to.sendmsg([_CONNECTION], [_rights([self.connection.fileno()])])
+        sent = to.sendmsg([self.received], [_rights(self.descriptors)] if self.descriptors else [])
+        announce()
+        await asyncio.get_running_loop().sock_sendall(to, self.received[sent:])
 
     def close(self) -> None:
         """Close the descriptors that nobody has taken out. Idempotent."""
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+
+def take_connection(source: socket.socket) -> socket.socket:
+    """Return the connection of which somebody else passes the first message on.
+
+    :raise OSError: if none comes first.
+    """
+    _, ancillary, _, _ = source.recvmsg(len(_CONNECTION), _ROOM, socket.MSG_CMSG_CLOEXEC)
+    for _, _, content in ancillary:
+        connection = socket.socket(fileno=int.from_bytes(content, sys.byteorder))
+        connection.setblocking(False)
+        return connection
+    raise ConnectionResetError(errno.ECONNRESET, "no connection was handed over")
+
+
+def _rights(descriptors: list[int]) -> tuple[int, int, array.array[int]]:
+    return socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors)

@@ -20,13 +20,13 @@ from postcopyd.kernel.userfaultfd import Userfaultfd
 from postcopyd.vmm import checks
 from postcopyd.vmm.checks import HandoffRefused
 from postcopyd.vmm.firecracker import FirecrackerVmm
-from postcopyd.vmm.first_message import FirstContent, FirstMessage
+from postcopyd.vmm.first_message import FirstContent, FirstMessage, take_connection
 from postcopyd.vmm.native import NativeVmm
 from postcopyd.vmm.peer import AllowedPeers, Peer, peer_of, peer_pidfd
 from postcopyd.wire.firecracker import Region
 from postcopyd.wire.handoff import Failed, Handoff, encode
 
-__all__ = ["HandoffListener", "HandoffRefused", "OnRefused", "OnVmm", "Registration"]
+__all__ = ["HandoffListener", "HandoffRefused", "OnRefused", "OnVmm", "PassOn", "Registration"]
 
 _MOST_UNANSWERED = 64  # connections that are looked at together; others wait in the backlog
 _ACCEPT_PAUSE = 1.0  # seconds, when there is no descriptor to accept with
@@ -47,6 +47,11 @@ OnVmm = Callable[[str | None, NativeVmm | FirecrackerVmm, str | None], Awaitable
 which it wants its source to be waited for (None: no wish). Raises `HandoffRefused` not to take it:
 the VMM is told, and closed."""
 
+PassOn = Callable[[str | None, FirstMessage, ExitStack], Awaitable[bool]]
+"""Asked, with the name that a VMM gave and its whole message, whether the VMM is for another
+process; if so it has been passed on (`FirstMessage.pass_on`) when this returns True. What it puts
+on the stack is closed when the VMM was answered. Raises `HandoffRefused` if it is for nobody."""
+
 OnRefused = Callable[[Peer, str], None]
 """Told who was refused, and why."""
 
@@ -56,19 +61,24 @@ class HandoffListener:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: socket.socket | None,
         allowed: AllowedPeers,
         on_vmm: OnVmm,
         on_refused: OnRefused,
         *,
         first_message_timeout: float = 10.0,
+        pass_on: PassOn | None = None,
     ) -> None:
         """Take over `listener`, bound and listening (AF_UNIX, SOCK_STREAM).
 
+        :param listener: None to take only VMMs that another process passes on.
         :param first_message_timeout: seconds in which a VMM must have sent its whole message.
+        :param pass_on: None where all VMMs are ours.
         """
-        listener.setblocking(False)
+        if listener is not None:
+            listener.setblocking(False)
         self._listener = listener
+        self._pass_on = pass_on
         self._allowed = allowed
         self._on_vmm = on_vmm
         self._on_refused = on_refused
@@ -95,13 +105,27 @@ class HandoffListener:
         for task in unanswered:
             task.cancel()
         await asyncio.gather(*unanswered, return_exceptions=True)
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def take(self, source: socket.socket) -> None:
+        """Take over a VMM that another process has passed on (`FirstMessage.pass_on`)."""
+        with ExitStack() as resources:
+            resources.callback(source.close)
+            if not self._started:
+                return
+            try:
+                connection = take_connection(source)
+            except OSError:
+                return  # who passed it on has gone, and the VMM is told by its closing
+            resources.pop_all()
+            self._begin(connection, source, ExitStack())
 
     # -- accepting ---------------------------------------------------------------------------
 
     def _accept_again(self) -> None:
         self._pause = None
-        if self._started and not self._accepting:
+        if self._started and not self._accepting and self._listener is not None:
             self._loop.add_reader(self._listener.fileno(), self._accept)
             self._accepting = True
 
@@ -109,11 +133,12 @@ class HandoffListener:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        if self._accepting:
+        if self._accepting and self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             self._accepting = False
 
     def _accept(self) -> None:
+        assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -128,49 +153,64 @@ class HandoffListener:
             )
             return
         connection.setblocking(False)
-        resources = ExitStack()
+        self._begin(connection, connection, ExitStack())
+
+    def _begin(
+        self, connection: socket.socket, source: socket.socket, resources: ExitStack
+    ) -> None:
         resources.callback(connection.close)
-        task = self._loop.create_task(self._answer(connection, resources))
+        message = FirstMessage(connection, source)
+        resources.callback(message.close)
+        task = self._loop.create_task(self._answer(message, resources))
         self._unanswered.add(task)
-        task.add_done_callback(partial(self._answered, connection, resources))
+        task.add_done_callback(partial(self._answered, message, resources))
         if len(self._unanswered) >= _MOST_UNANSWERED:
             self._stop_accepting()
 
     def _answered(
-        self, connection: socket.socket, resources: ExitStack, task: asyncio.Task[None]
+        self, message: FirstMessage, resources: ExitStack, task: asyncio.Task[None]
     ) -> None:
         """Clean up, also behind a task that was cancelled before it began."""
         self._unanswered.discard(task)
         if task.cancelled():
-            _tell(connection, _STOPPED)
+            _tell(message.connection, _STOPPED)
         elif (error := task.exception()) is not None:
             self._loop.call_exception_handler(
                 {"message": "a handoff could not be answered", "exception": error}
             )
         resources.close()
+        if message.source is not message.connection:
+            message.source.close()
         if self._pause is None:
             self._accept_again()
 
     # -- one connection ----------------------------------------------------------------------
 
-    async def _answer(self, connection: socket.socket, resources: ExitStack) -> None:
-        peer = peer_of(connection)
-        message = FirstMessage(connection)
-        resources.callback(message.close)
+    async def _answer(self, message: FirstMessage, resources: ExitStack) -> None:
+        with ExitStack() as meanwhile:
+            await self._answer_meanwhile(message, resources, meanwhile)
+
+    async def _answer_meanwhile(
+        self, message: FirstMessage, resources: ExitStack, meanwhile: ExitStack
+    ) -> None:
+        peer = peer_of(message.connection)
         try:
-            content, vmm = await self._accept_memory(message, peer, resources)
+            accepted = await self._accept_memory(message, peer, resources, meanwhile)
         except (HandoffRefused, OSError) as error:
             reason = _reason(error)
             if not message.of_firecracker:
-                _tell(connection, reason)
+                _tell(message.connection, reason)
             self._on_refused(peer, reason)
         else:
-            await self._offer(content, vmm, peer)
+            if accepted is not None:
+                await self._offer(*accepted, peer)
 
     async def _accept_memory(
-        self, message: FirstMessage, peer: Peer, resources: ExitStack
-    ) -> tuple[FirstContent, NativeVmm | FirecrackerVmm]:
+        self, message: FirstMessage, peer: Peer, resources: ExitStack, meanwhile: ExitStack
+    ) -> tuple[FirstContent, NativeVmm | FirecrackerVmm] | None:
         """Receive a handoff and check all of it, then move `resources` into the VMM.
+
+        None if it was passed on.
 
         :raise HandoffRefused: with the reason.
         :raise OSError: if there is no descriptor or memory to spare.
@@ -185,6 +225,10 @@ class HandoffListener:
         if pidfd is not None:
             resources.callback(os.close, pidfd)
         content = await self._receive(message)
+        name = content.name if isinstance(content, Handoff) else None
+        if self._pass_on is not None and await self._pass_on(name, message, meanwhile):
+            return None
+        message.received.clear()
         descriptors = message.descriptors
         if not descriptors:
             raise HandoffRefused(
@@ -221,14 +265,14 @@ class HandoffListener:
         try:
             async with asyncio.timeout(self._first_message_timeout):
                 while True:
-                    await _readable(self._loop, message.connection)
+                    await _readable(self._loop, message.source)
                     content = message.receive()
                     if content is not None:
                         return content
         except TimeoutError:
             raise HandoffRefused(
                 f"no whole message came within {self._first_message_timeout:g} s, only "
-                f"{message.bytes_received} bytes"
+                f"{len(message.received)} bytes"
             ) from None
 
     async def _offer(

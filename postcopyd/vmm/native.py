@@ -9,13 +9,24 @@ import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 
+import msgspec
+
 from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
 from postcopyd.kernel import memory_file
 from postcopyd.vmm.peer import Peer
 from postcopyd.wire import handoff as wire
 from postcopyd.wire.errors import ProtocolError
 
+KIND = "native"
 _RECEIVE = 4096
+
+
+class NativeFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the VMM has done of what it is asked."""
+
+    advised: bool = False
+    discarded: bool = False
+    loaded: bool = False
 
 
 class NativeVmm:
@@ -31,11 +42,14 @@ class NativeVmm:
         pidfd: int | None,
         memory: GuestMemory,
         resources: ExitStack,
+        before: NativeFacts | None = None,
     ) -> None:
         """Take over `resources`, which close everything else when they are closed.
 
         :param connection: non-blocking.
         :param pidfd: of the VMM; None if it cannot be watched: then only its socket tells its end.
+        :param before: how far a predecessor of this process has come with it. What it has asked
+            last is asked again, so an answer may come once more than it is asked for.
         """
         self._loop = asyncio.get_running_loop()
         self._connection = connection
@@ -43,13 +57,19 @@ class NativeVmm:
         self._pidfd = pidfd
         self._memory = memory
         self._resources = resources
-        self._answers = wire.answer_reader()
+        self._inherited = before is not None
+        self._answers = wire.answer_reader(in_a_line=self._inherited)
         self._answer: asyncio.Future[wire.Answer] | None = None
+        self._wanted: type[wire.Answer] = wire.Refused
         self._one_question = asyncio.Lock()
         self._accepted = asyncio.Event()
         self._gone = asyncio.Event()
+        self._watching = True
         self._broken: str | None = None
-        self._advised = self._discarded = self._loaded = self._ended = self._closed = False
+        before = before or NativeFacts()
+        self._advised, self._discarded = before.advised, before.discarded
+        self._loaded = before.loaded
+        self._ended = self._closed = False
         self._loop.add_reader(connection.fileno(), self._readable)
         if pidfd is not None:
             self._loop.add_reader(pidfd, self._exited)
@@ -78,6 +98,23 @@ class NativeVmm:
     def thread_names(self) -> Mapping[int, str]:
         """None are known."""
         return {}
+
+    @property
+    def kind(self) -> str:
+        """``native``."""
+        return KIND
+
+    def facts(self) -> NativeFacts:
+        """Return how far it is."""
+        return NativeFacts(self._advised, self._discarded, self._loaded)
+
+    @property
+    def descriptors(self) -> Mapping[str, int]:
+        """Its memory, its connection, and the process itself."""
+        own = {"connection": self._connection.fileno()}
+        if self._pidfd is not None:
+            own["pidfd"] = self._pidfd
+        return self._memory.descriptors | own
 
     def check_machine(self, machine: str) -> None:
         """Take any: what the VMM makes of its device state is its own affair."""
@@ -143,12 +180,12 @@ class NativeVmm:
             "(migrate-start-postcopy) while pages are still to come"
         )
 
-    async def complete(self) -> None:
-        """Tell that all memory is there: balloon, huge pages and locks may come back."""
+    async def complete(self, missing: int) -> None:
+        """Tell that no more memory comes: balloon, huge pages and locks may come back."""
         if not self._ended:
             self._ended = True
             self._send(wire.AllowBalloon())
-            self._send(wire.Complete())
+            self._send(wire.Complete(missing))
 
     async def failed(self, reason: str) -> None:
         """Tell that the handoff is refused, or the migration has ended without all memory."""
@@ -185,6 +222,7 @@ class NativeVmm:
             if self._broken is not None:
                 raise VmmFailure(self._broken)
             self._answer = self._loop.create_future()
+            self._wanted = wanted
             try:
                 async with asyncio.timeout(within):
                     answer = await self._answer
@@ -231,13 +269,25 @@ class NativeVmm:
             data = b""
         if not data:
             self._lose("it has closed its socket")
-        elif self._broken is None:
-            self._take(data)
+        else:
+            if self._broken is None:
+                self._take(data)
+            # libuv tells of a reset once, and it may have been now.
+            self._loop.call_soon(self._look_again)
+
+    def _look_again(self) -> None:
+        if self._watching:
+            self._readable()
 
     def _take(self, data: bytes) -> None:
         try:
             for answer in self._answers.feed(data):
-                if self._answer is None or self._answer.done():
+                waited_for = self._answer is not None and not self._answer.done()
+                if self._inherited and not (
+                    waited_for and isinstance(answer, self._wanted | wire.Refused)
+                ):
+                    continue  # to what a predecessor has asked
+                if self._answer is None or not waited_for:
                     self._break(f"it said {_name_of(answer)} without being asked")
                     return
                 self._answer.set_result(answer)
@@ -253,6 +303,7 @@ class NativeVmm:
         self._gone.set()
 
     def _stop_watching(self) -> None:
+        self._watching = False
         self._loop.remove_reader(self._connection.fileno())
         if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)

@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket, and whether they may hand memory over.
+"""Who is at the other end of a Unix socket, and whether they may do what it is for.
 
 The kernel vouches for it: SO_PEERCRED, SO_PEERGROUPS and SO_PEERPIDFD (unix(7), socket(7)) tell
 of the process that called connect(2), as seen from our own namespaces.
@@ -80,7 +80,7 @@ def peer_pidfd(connection: socket.socket, peer: Peer) -> int | None:
 
 
 class AllowedPeers:
-    """The users and groups who may hand memory over: one that matches is enough."""
+    """The users and groups who may use a socket: one that matches is enough."""
 
     def __init__(self, users: Iterable[str | int], groups: Iterable[str | int] = ()) -> None:
         """Allow these, each a name or a number. With neither, nobody is allowed.
@@ -90,12 +90,12 @@ class AllowedPeers:
         self._users = frozenset(_user_number(user) for user in users)
         self._groups = frozenset(_group_number(group) for group in groups)
 
-    def refusal(self, peer: Peer) -> str | None:
-        """Return why `peer` may not; None if it may."""
+    def refusal(self, peer: Peer, deed: str = "hand memory over") -> str | None:
+        """Return why `peer` may not do what the socket is for; None if it may."""
         if peer.uid in self._users or not self._groups.isdisjoint((peer.gid, *peer.groups)):
             return None
         return (
-            f"user {_name_of(peer.uid)} is not allowed to hand memory over here: allow the user, "
+            f"user {_name_of(peer.uid)} is not allowed to {deed} here: allow the user, "
             "or one of its groups, in the configuration of postcopyd"
         )
 

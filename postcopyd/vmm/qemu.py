@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from typing import Final
 
+import msgspec
+
+from postcopyd.incoming.inheriting import InheritedVmm
 from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, VmmFailure
 from postcopyd.kernel.userfaultfd import Feature
 from postcopyd.vmm import qemu_facts
@@ -28,6 +31,20 @@ _LONGEST_LOOK: Final = 0.1
 """Seconds between two looks at whether QEMU runs: from the first to the last."""
 
 
+KIND: Final = "qemu"
+
+
+class QemuRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a successor of this process must know of a QEMU."""
+
+    facts: QemuFacts
+    monitor: str
+    """Path of its QMP socket."""
+    descriptor: int
+    """Its own copy of the userfaultfd."""
+    huge_page_ranges: tuple[tuple[int, int], ...]
+
+
 class QemuVmm:
     """`postcopyd.incoming.vmm.Vmm` for a QEMU that waits with ``-incoming defer``.
 
@@ -37,7 +54,7 @@ class QemuVmm:
     def __init__(
         self,
         facts: QemuFacts,
-        monitor: QemuMonitor,
+        monitor: QemuMonitor | str,
         within: float,
         process: AdoptedProcess,
         found: FoundMemory,
@@ -45,10 +62,13 @@ class QemuVmm:
     ) -> None:
         """Take over `resources`, which close the memory files, and all the others.
 
+        :param monitor: its session; or the path of its socket, if a predecessor of this process
+            had the session. QEMU may have been fed by that one, then.
         :param within: seconds for each of QEMU's answers.
         """
         self._facts = facts
-        self._monitor = monitor
+        self._session = monitor if isinstance(monitor, QemuMonitor) else None
+        self._monitor_path = monitor if isinstance(monitor, str) else monitor.path
         self._within = within
         self._process = process
         self._found = found
@@ -86,6 +106,22 @@ class QemuVmm:
         """Its processors' threads."""
         return self._facts.thread_names
 
+    @property
+    def kind(self) -> str:
+        """``qemu``."""
+        return KIND
+
+    def facts(self) -> QemuRecord:
+        """Return who it is, and where to find it."""
+        return QemuRecord(
+            self._facts, self._monitor_path, self._process.descriptor, self._found.huge_page_ranges
+        )
+
+    @property
+    def descriptors(self) -> Mapping[str, int]:
+        """Its memory, and the process itself."""
+        return self._memory.descriptors | {"pidfd": self._process.pidfd}
+
     def check_machine(self, machine: str) -> None:
         """Check that the machine types are the same.
 
@@ -111,7 +147,7 @@ class QemuVmm:
         try:
             await self._inside(self._found.huge_page_ranges, mmap.MADV_NOHUGEPAGE)
             await self._inside(self._found.private_ranges, mmap.MADV_DONTNEED)
-            self._feed = await offer_feed(self._monitor, self._within)
+            self._feed = await offer_feed(await self._monitor(), self._within)
         except OSError as error:
             raise VmmFailure(f"its memory cannot be prepared: {error}") from error
         except MonitorFailure as error:
@@ -138,7 +174,9 @@ class QemuVmm:
 
     async def _load(self, load: DeviceLoad, rest: AsyncIterator[bytes] | None) -> None:
         feed = self._feed
-        assert feed is not None
+        if feed is None:
+            await self._see_whether_it_was_fed()
+            return
         async with self._loading:
             keep_process = self._facts.version >= _KEEPS_PROCESS
             try:
@@ -150,6 +188,27 @@ class QemuVmm:
                 raise VmmFailure(f"{error}; {await self._last_words()}") from error
             finally:
                 feed.close()
+
+    async def _see_whether_it_was_fed(self) -> None:
+        """Return if QEMU has loaded what a predecessor of this process has fed it.
+
+        :raise VmmFailure: if not: the feed ended with the predecessor, in the middle.
+        """
+        try:
+            status = await self._status()
+        except MonitorFailure as error:
+            raise VmmFailure(f"postcopyd was killed while it fed QEMU: {error}") from error
+        if status["status"] == "inmigrate":
+            raise VmmFailure("postcopyd was killed while it fed QEMU")
+
+    async def _monitor(self) -> QemuMonitor:
+        if self._session is None:
+            self._session = await QemuMonitor.connect(self._monitor_path, self._within)
+        return self._session
+
+    async def _close_monitor(self) -> None:
+        if self._session is not None:
+            await self._session.close()
 
     async def _left_inmigrate(self) -> None:
         """Return when QEMU runs, or is paused as the source was.
@@ -165,7 +224,8 @@ class QemuVmm:
             pause = min(2 * pause, _LONGEST_LOOK)
 
     async def _status(self) -> dict[str, object]:
-        answer: dict[str, object] = await self._monitor.execute("query-status", within=None)
+        monitor = await self._monitor()
+        answer: dict[str, object] = await monitor.execute("query-status", within=None)
         return answer
 
     async def _last_words(self) -> str:
@@ -187,13 +247,14 @@ class QemuVmm:
 
     async def _reason(self) -> str | None:
         try:
-            told = await self._monitor.execute("query-migrate", within=_LAST_WORDS)
+            monitor = await self._monitor()
+            told = await monitor.execute("query-migrate", within=_LAST_WORDS)
         except MonitorFailure:
             return None
         reason = told.get("error-desc")
         return str(reason) if reason else None
 
-    async def complete(self) -> None:
+    async def complete(self, missing: int) -> None:
         """Allow huge pages again, and close the process's own copy of the userfaultfd."""
         if not self._ended:
             self._ended = True
@@ -207,7 +268,7 @@ class QemuVmm:
         if not self._ended and not self._closed:
             self._ended = True
             if self._listening:
-                await self._monitor.close()
+                await self._close_monitor()
             else:
                 await self._leave()
 
@@ -218,7 +279,7 @@ class QemuVmm:
             if self._advised:
                 await self._inside(self._found.huge_page_ranges, mmap.MADV_HUGEPAGE)
             await asyncio.to_thread(self._process.release)
-        await self._monitor.close()
+        await self._close_monitor()
 
     async def _inside(self, ranges: tuple[tuple[int, int], ...], advice: int) -> None:
         if ranges:
@@ -243,6 +304,26 @@ class QemuVmm:
     def _exited(self) -> None:
         self._loop.remove_reader(self._process.pidfd)
         self._gone.set()
+
+
+def restore_qemu(inherited: InheritedVmm, *, within: float = 10.0) -> QemuVmm:
+    """Go on with a QEMU that a predecessor of this process has adopted; takes over `inherited`.
+
+    :param within: seconds for each of QEMU's answers.
+    :raise msgspec.MsgspecError: if the facts are not such.
+    :raise KeyError: if its pidfd was not left.
+    """
+    record = msgspec.json.decode(inherited.facts, type=QemuRecord)
+    memory = inherited.memory
+    process = AdoptedProcess(
+        record.facts.process_id,
+        inherited.descriptors.pop("pidfd"),
+        memory.userfaultfd,
+        record.descriptor,
+    )
+    found = FoundMemory(memory.blocks, record.huge_page_ranges)
+    resources = inherited.resources.pop_all()
+    return QemuVmm(record.facts, record.monitor, within, process, found, resources)
 
 
 async def adopt_qemu(monitor: str, *, within: float = 10.0) -> QemuVmm:

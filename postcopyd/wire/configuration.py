@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from postcopyd.wire.errors import ProtocolError
+from postcopyd.wire.errors import NothingToResume, ProtocolError
 from postcopyd.wire.messages import Configuration
 from postcopyd.wire.names import decode_name
 from postcopyd.wire.receive_buffer import ReceiveBuffer
@@ -27,12 +27,13 @@ def read_header(buffer: ReceiveBuffer) -> Generator[None, None, bytes]:
 
     :return: its bytes.
     :raise ProtocolError: if it is not the header of a stream that is understood, saying what it
-        looks like instead.
+        looks like instead; `NothingToResume` if it is a resumed one.
     """
     position = buffer.position
     magic = yield from buffer.take(len(MAGIC))
     if magic != MAGIC:
-        raise ProtocolError(f"not a migration stream: {_explain(magic)}", position)
+        kind = NothingToResume if magic[0] == Section.COMMAND else ProtocolError
+        raise kind(f"not a migration stream: {_explain(magic)}", position)
     version = yield from buffer.take(4)
     if int.from_bytes(version, "big") != VERSION:
         raise ProtocolError(

@@ -1,4 +1,4 @@
-"""The one exception of the codecs."""
+"""The exceptions of the codecs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class ProtocolError(Exception):
         if self.position is None:
             return self.what
         return f"at byte {self.position}: {self.what}"
+
+
+class NothingToResume(ProtocolError):
+    """A source wants to resume what has not begun here. It may begin anew on another connection."""
 
 
 def messages_then_error(messages: Iterable[_Message], error: ProtocolError) -> Iterator[_Message]:

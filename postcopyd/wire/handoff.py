@@ -13,11 +13,13 @@ discard            discarded: no huge page forms any more
 listening          none: faults are served from now on
 run                loaded: the device state (it comes with a descriptor) is loaded
 allow-balloon      none
-complete           none, the last event: all memory is there
+complete           none, the last event: all memory is there, or what is `missing` is given up
 failed             none, the last event
 =================  ==========================================================================
 
 Instead of advised, discarded or loaded the VMM may answer refused, with its reason.
+When postcopyd was killed and goes on, it may say again what it has said: what is asked twice is
+answered twice, and done once.
 Here are only the lines; the descriptors travel beside them (SCM_RIGHTS).
 """
 
@@ -119,8 +121,11 @@ class AllowBalloon(_Event, frozen=True, tag="allow-balloon"):
     """Memory may be given back to the host again."""
 
 
-class Complete(_Event, frozen=True, tag="complete"):
-    """All memory is there."""
+class Complete(_Event, frozen=True, tag="complete", omit_defaults=True):
+    """No more memory comes: all is there, but for what an operator has given up."""
+
+    missing: _Unsigned = 0
+    """Bytes that never came and are memory errors."""
 
 
 class Failed(_Event, frozen=True, tag="failed"):
@@ -175,8 +180,13 @@ def encode(message: Handoff | Event | Answer) -> bytes:
 class LineReader(Generic[_Message]):
     """Reads messages of one kind from bytes that come in any pieces."""
 
-    def __init__(self, kind: Any, limit: int) -> None:
-        """Read messages of the type or union `kind`; no line may have more than `limit` bytes."""
+    def __init__(self, kind: Any, limit: int, *, in_a_line: bool = False) -> None:
+        """Read messages of the type or union `kind`; no line may have more than `limit` bytes.
+
+        :param in_a_line: the first bytes may be the end of a line that somebody else has begun to
+            read, and are left out then.
+        """
+        self._in_a_line = in_a_line
         self._decoder = msgspec.json.Decoder(kind)
         self._limit = limit
         self._line = bytearray()
@@ -195,7 +205,15 @@ class LineReader(Generic[_Message]):
         """
         *ends, rest = data.split(b"\n")
         for end in ends:
-            yield self._decode(end)
+            first, self._in_a_line = self._in_a_line, False
+            try:
+                message = self._decode(end)
+            except ProtocolError:
+                if not first:
+                    raise
+                self._line.clear()
+            else:
+                yield message
         self._take(rest)
 
     def _take(self, data: bytes) -> None:
@@ -221,9 +239,9 @@ def handoff_reader() -> LineReader[Handoff]:
     return LineReader(Handoff, FIRST_MESSAGE_LIMIT)
 
 
-def answer_reader() -> LineReader[Answer]:
-    """Return a reader for what the VMM sends from then on."""
-    return LineReader(Answer, LINE_LIMIT)
+def answer_reader(*, in_a_line: bool = False) -> LineReader[Answer]:
+    """Return a reader for what the VMM sends from then on; for `in_a_line` see `LineReader`."""
+    return LineReader(Answer, LINE_LIMIT, in_a_line=in_a_line)
 
 
 def event_reader() -> LineReader[Event]:

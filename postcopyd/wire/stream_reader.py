@@ -80,6 +80,11 @@ class StreamReader:
         return self._parser.package_begun
 
     @property
+    def reading(self) -> str | None:
+        """What the stream is in the middle of; None between two messages."""
+        return self._parser.reading
+
+    @property
     def ended(self) -> bool:
         """True once the source has said that it has sent everything."""
         return self._parser.ended

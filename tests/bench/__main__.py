@@ -12,11 +12,13 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tests.bench.beside import run_beside
 from tests.bench.cases import HUGE, Case, cases
 from tests.bench.figures import Figure, figures, percentile
 from tests.bench.huge_pages import huge_pages
@@ -72,7 +74,7 @@ def measure(chosen: list[Case], runs: int, quick: bool, notes: Console) -> dict[
     without_huge_pages: list[str] = []
     with tempfile.TemporaryDirectory(prefix="postcopyd-bench-") as name:
         directory = Path(name)
-        with running_daemon(directory) as daemon:
+        with running_daemon(directory, "workers = 1\n") as daemon:
             resident = resident_memory(daemon)
             for case in chosen:
                 with huge_pages(case.length // HUGE if case.page_size == HUGE else 0) as there:
@@ -116,14 +118,24 @@ def take_turns(
     """
     floor: list[Run] = []
     ours: list[Run] = []
-    run_floor(programs, directory, case)  # the kernel finds memory for the case; not counted
+
+    def into_floor(case: Case, name: str) -> Run:
+        return run_floor(programs, directory, case, name)
+
+    def into_daemon(case: Case, name: str) -> Run:
+        return run_postcopyd(programs, directory, case, daemon, name)
+
+    def measured(run: Callable[[Case, str], Run]) -> Run:
+        return run_beside(run, case, case.beside) if case.beside else run(case, "bench")
+
+    into_floor(case, "bench")  # the kernel finds memory for the case; not counted
     for number in range(runs):
         notes.print(f"{case.name}: run {number + 1} of {runs}")
         if number % 2:
-            ours.append(run_postcopyd(programs, directory, case, daemon))
-        floor.append(run_floor(programs, directory, case))
+            ours.append(measured(into_daemon))
+        floor.append(measured(into_floor))
         if not number % 2:
-            ours.append(run_postcopyd(programs, directory, case, daemon))
+            ours.append(measured(into_daemon))
     return floor, ours
 
 

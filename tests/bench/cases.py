@@ -26,6 +26,8 @@ class Case:
     page_size: int = PAGE
     faults: int = 0
     """How many missing pages the guest touches, at most."""
+    beside: Case | None = None
+    """What comes again and again meanwhile, for another guest."""
 
     @property
     def pages(self) -> int:
@@ -37,8 +39,11 @@ def cases(quick: bool) -> list[Case]:
     """Return all cases; `quick` ones only show that everything works."""
     size = 16 << 20 if quick else 1 << 30
     faults = 50 if quick else 4000
+    small = size if quick else size // 4
+    full = Case("the other", "contiguous", size)
     return [
-        Case("fault, idle", "none", size if quick else size // 4, faults=faults),
+        Case("fault, idle", "none", small, faults=faults),
+        Case("fault, another guest's at full rate", "none", small, faults=faults, beside=full),
         Case("fault, background at full rate", "contiguous", size, faults=1 << 20),
         Case("contiguous 4 KiB", "contiguous", size),
         Case("scattered 4 KiB", "scattered", size),

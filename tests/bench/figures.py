@@ -85,6 +85,14 @@ def figures(case: Case, floor: list[Run], postcopyd: list[Run], round_trip: floa
         )
         for percent in (50, 99, 99.9)
     ]
+    if case.beside is not None:
+        rate = figure(
+            "the other's throughput",
+            "MB/s",
+            [run.rate_beside / 1e6 for run in floor],
+            [run.rate_beside / 1e6 for run in postcopyd],
+        )
+        return [*latencies, rate]
     if case.order == "none":
         cpu = figure(
             "CPU a fault",

@@ -34,6 +34,8 @@ class Run:
     """How long the guest waited for each missing page, nanoseconds, in order of size."""
     verified: int
     """Target pages that were compared with what the source had sent, every byte of them."""
+    rate_beside: float = 0.0
+    """Bytes a second of the migration beside this one; 0 if there was none."""
 
 
 class RunFailed(Exception):
@@ -48,12 +50,12 @@ def round_trips(programs: Path, count: int) -> list[int]:
     return sorted(json.loads(done.stdout))
 
 
-def run_floor(programs: Path, directory: Path, case: Case) -> Run:
-    """Run `case` into the destination in C.
+def run_floor(programs: Path, directory: Path, case: Case, name: str = "bench") -> Run:
+    """Run `case` into the destination in C, under a name that no other run has meanwhile.
 
     :raise RunFailed: if it does not end well.
     """
-    preamble = directory / "preamble"
+    preamble = directory / f"preamble-{name}"
     skip = write_preamble(preamble, case)
     with _process([str(programs / "floor"), str(skip), BLOCK, *_guest_words(case)]) as floor:
         _send(programs, preamble, case, _line(floor))
@@ -61,24 +63,26 @@ def run_floor(programs: Path, directory: Path, case: Case) -> Run:
     return _run(case, told, told["seconds"], told["cpu"])
 
 
-def run_postcopyd(programs: Path, directory: Path, case: Case, daemon: RunningDaemon) -> Run:
-    """Run `case` into a daemon and a VMM in a process of its own.
+def run_postcopyd(
+    programs: Path, directory: Path, case: Case, daemon: RunningDaemon, name: str = "bench"
+) -> Run:
+    """Run `case` into a daemon, as the migration `name`, and a VMM in a process of its own.
 
     :raise RunFailed: if it does not end well.
     """
-    preamble = directory / "preamble"
+    preamble = directory / f"preamble-{name}"
     write_preamble(preamble, case)
-    words = [str(programs / "guest.so"), str(daemon.handoff), *_guest_words(case)]
+    words = [str(programs / "guest.so"), str(daemon.handoff), name, *_guest_words(case)]
     with _process([sys.executable, "-m", "tests.bench.vmm", *words]) as vmm:
         port = _line(vmm)
-        before = _cpu_seconds(daemon.process.pid)
+        before = _cpu_seconds(daemon.worker)
         _send(programs, preamble, case, port)
-        report = daemon.client.wait("bench", _LIMIT)
-        cpu = _cpu_seconds(daemon.process.pid) - before
+        report = daemon.client.wait(name, _LIMIT)
+        cpu = _cpu_seconds(daemon.worker) - before
         if report["state"] != "end":
             raise RunFailed(f"{case.name}: the migration is {report['state']}: {report['failure']}")
         told = json.loads(_line(vmm))
-    daemon.client.cancel("bench")  # it has ended: this forgets it
+    daemon.client.cancel(name)  # it has ended: this forgets it
     return _run(case, told, report["window_seconds"], cpu)
 
 

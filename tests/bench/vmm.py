@@ -1,6 +1,6 @@
 """The VMM of the bench: hands its memory to postcopyd and lets the C guest walk it.
 
-``python -m tests.bench.vmm LIBRARY HANDOFF PAGES HOST_PAGE FAULTS EXPECT_ZERO VERIFY``
+``python -m tests.bench.vmm LIBRARY HANDOFF NAME PAGES HOST_PAGE FAULTS EXPECT_ZERO VERIFY``
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MADV_NOHUGEPAGE = 15
 
 def main() -> None:
     """Run one migration; print where the source shall connect, then one line of JSON."""
-    library, handoff, *numbers = sys.argv[1:]
+    library, handoff, name, *numbers = sys.argv[1:]
     pages, host_page, fault_count, expect_zero, verify = map(int, numbers)
     guest = ctypes.CDLL(library)
     guest.walk.restype = guest.verify.restype = ctypes.c_uint64
@@ -42,7 +42,7 @@ def main() -> None:
             ctypes.byref(wrong),
         )
 
-    with Destination(handoff, "bench", [block]) as destination:
+    with Destination(handoff, name, [block]) as destination:
         print(destination.listen[0].rpartition(":")[2], flush=True)
         destination.wait_for_device_state()
         walker = threading.Thread(target=walk)

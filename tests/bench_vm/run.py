@@ -51,7 +51,7 @@ async def _run(setup: Setup, machine: Machine, daemon: RunningDaemon) -> Window:
                 await source.set_capabilities("postcopy-preempt")
             await source.heartbeats(_WARM)
             await asyncio.to_thread(warm, 2 * machine.memory)
-            time = await ProcessorTime.of(destination, daemon.process.pid if ours else None)
+            time = await ProcessorTime.of(destination, daemon.worker if ours else None)
             await source.migrate(reception.uri, postcopy_bandwidth=0)
             await source.precopy_rounds(_ROUNDS)
             await source.start_postcopy()

@@ -123,7 +123,7 @@ def test_no_command_or_option_is_explained_that_there_is_not(
                 postcopyctl.INTERRUPTED,
             },
         ),
-        ("postcopyd.8", {0, postcopyd.FAILED, postcopyd.WRONG}),
+        ("postcopyd.8", {0, postcopyd.FAILED, postcopyd.WRONG, postcopyd.TO_BE_STARTED_AGAIN}),
     ],
 )
 def test_every_exit_status_is_explained(page: str, statuses: set[int]) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.certificates import Authority, tls_settings
 from tests.daemon.daemon_process import RunningDaemon, running_daemon
 from tests.daemon.hosted import LENGTH, PAGE, Source, Vmm
-from tests.support import LIMIT, ROOT
+from tests.support import LIMIT, ROOT, wait_until
 
 
 class Ctl:
@@ -54,7 +55,7 @@ def ctl(daemon: RunningDaemon) -> Iterator[Ctl]:
     """The command; afterwards the daemon has forgotten every migration."""
     yield Ctl(daemon.control)
     for migration in daemon.client.list():
-        if migration["state"] not in ("end", "failed"):
+        if migration["state"] not in ("end", "abandoned", "failed"):
             daemon.client.cancel(migration["name"], force=True)
         daemon.client.cancel(migration["name"])
 
@@ -77,6 +78,16 @@ def guest_that_lives_here(daemon: RunningDaemon, name: str) -> Iterator[tuple[Vm
     asyncio.run(vmm.leave())
 
 
+@pytest.fixture
+def tls_ctl(tmp_path: Path) -> Iterator[Ctl]:
+    """The command, with a daemon that takes TLS alone."""
+    authority = Authority(tmp_path / "authority")
+    settings = tls_settings(authority, authority.issue("server"))
+    (tmp_path / "daemon").mkdir()
+    with running_daemon(tmp_path / "daemon", f'plain_tcp = "never"\n{settings}') as daemon:
+        yield Ctl(daemon.control)
+
+
 # -- what people read --------------------------------------------------------------------------
 
 
@@ -97,6 +108,22 @@ def test_the_list_has_a_line_for_each(ctl: Ctl, daemon: RunningDaemon) -> None:
         assert cells[1][4].startswith(f"pid {os.getpid()}, uid ")
         assert cells[1][5].startswith("127.0.0.1:")
         assert len(cells) == 2
+
+
+def test_a_migration_over_tls_says_so_and_whom_it_takes(tls_ctl: Ctl) -> None:
+    created = tls_ctl("create", "vm0", "--allow-source", "*.example.org", "--allow-source", "CN=a")
+    assert "and asks it for a certificate (TLS)" in created
+    lines = [line.split(None, 1) for line in tls_ctl("show", "vm0").splitlines()]
+    assert ["security", "TLS"] in [[word.rstrip() for word in line] for line in lines]
+    shown = json.loads(tls_ctl("show", "--json", "vm0"))
+    assert shown["security"] == "tls"
+    assert shown["allowed_sources"] == ["*.example.org", "CN=a"]
+
+
+def test_an_address_that_is_not_secure_is_refused_with_what_to_do(ctl: Ctl) -> None:
+    told = ctl("create", "vm0", "--listen", "tcp:0.0.0.0:0", status=3)
+    assert "plain TCP is not allowed there" in told
+    assert "set up [tls] in the configuration" in told
 
 
 def test_show_tells_of_vmm_source_and_blocks(ctl: Ctl, daemon: RunningDaemon) -> None:
@@ -149,7 +176,7 @@ def test_waiting_too_long_is_1_and_says_where_it_stands(ctl: Ctl) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["show", "wait", "cancel"])
+@pytest.mark.parametrize("command", ["show", "wait", "cancel", "abandon"])
 def test_a_migration_that_is_not_there_is_3(ctl: Ctl, command: str) -> None:
     assert ctl(command, "absent", status=3) == (
         "postcopyctl: there is no migration 'absent'\n"
@@ -173,12 +200,37 @@ def test_what_the_daemon_refuses_is_3(ctl: Ctl) -> None:
     assert "is not a name for a migration" in ctl("create", "a b", status=3)
 
 
+def test_what_never_came_can_be_given_up_and_is_listed(
+    ctl: Ctl, daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    with guest_that_lives_here(daemon, "vm0") as (vmm, source):
+        refused = ctl("abandon", "vm0", status=3)
+        assert "is running, with its source at 127.0.0.1" in refused
+        source.close()
+        wait_until(lambda: daemon.client.show("vm0")["state"] == "paused")
+        told = ctl("abandon", "vm0")
+        first, second = told.splitlines()
+        assert first == ("vm0 is abandoned: 64.0 KiB in 1 range never came, and are memory errors")
+        vmm.destination.wait_for_completion(LIMIT)
+        assert vmm.destination.missing == LENGTH
+    path = Path(second.removeprefix("They are listed in "))
+    assert path.parent == daemon.directory / "records"
+    listed = json.loads(path.read_text())
+    assert listed["missing"] == [{"block": "pc.ram", "offset": 0, "length": LENGTH}]
+    assert (listed["name"], listed["length"]) == ("vm0", LENGTH)
+    assert "64.0 KiB in 1 range never came" in ctl("show", "vm0")
+    assert "was abandoned" in ctl("wait", "vm0", status=1)
+    assert daemon.client.show("vm0")["missing"] == listed["missing"]
+    assert "has ended" in ctl("abandon", "vm0", status=3)
+
+
 # -- what programs read ------------------------------------------------------------------------
 
 
 def test_json_is_what_the_control_api_says(ctl: Ctl, daemon: RunningDaemon) -> None:
     created = json.loads(ctl("create", "vm0", "--json"))
     assert created == json.loads(ctl("show", "vm0", "--json")) == daemon.client.show("vm0")
+    del created["missing"]
     assert json.loads(ctl("list", "--json")) == [created]
     assert json.loads(ctl("cancel", "vm0", "--json"))["state"] == "failed"
     waited = ctl("wait", "vm0", "--json", status=1)

@@ -60,25 +60,38 @@ def test_the_environment_says_where_the_daemon_is(
 
 @contextlib.contextmanager
 def answering(path: Path, answer: bytes) -> Iterator[None]:
-    """Something at `path` that takes one connection and says `answer`."""
+    """Something at `path` that says `answer` on every connection."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
         listener.settimeout(LIMIT)
 
         def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(answer)
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    if not connection.recv(4096):
+                        return
+                    connection.sendall(answer)
 
         thread = threading.Thread(target=serve)
         thread.start()
         yield
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(path))
         thread.join(LIMIT)
 
 
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\nno JSON"])
+def test_who_hangs_up_before_the_answer_is_asked_again_a_while_and_then_it_is_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with answering(tmp_path / "socket", b""):
+        assert main(["--control", str(tmp_path / "socket"), "list"]) == 4
+    error = capsys.readouterr().err
+    assert f"postcopyd at {tmp_path}/socket has hung up before it answered" in error
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\nno JSON"])
 def test_what_is_no_postcopyd_is_4(
     answer: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

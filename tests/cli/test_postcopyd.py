@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from postcopyd.cli.postcopyd import main
+from tests.certificates import Authority, tls_settings
 from tests.support import ROOT
 
 
@@ -38,6 +39,29 @@ def test_a_configuration_that_is_not_there_is_named(
     path = tmp_path / "absent.toml"
     assert main([*command, str(path)]) == 2
     assert capsys.readouterr().err == f"postcopyd: cannot read {path}: No such file or directory\n"
+
+
+def test_the_files_of_tls_are_looked_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority(tmp_path)
+    server = authority.issue("server")
+    path = tmp_path / "tls.toml"
+    path.write_text("# TLS alone\n" + tls_settings(authority, server))
+    assert main(["check-config", str(path)]) == 0
+    server.key.chmod(0o644)
+    replaced = authority.issue("server", days=(-9, -1))
+    capsys.readouterr()
+    assert main(["check-config", str(path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}:3: tls.certificate: {replaced.certificate} has expired",
+        f"{path}:4: tls.key: every user can read or replace {server.key}: chmod o= {server.key}",
+    ]
+    server.key.unlink()
+    assert main(["check-config", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"{path}:4: tls.key: cannot read {server.key}: No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["nonsense"], ["serve", "extra"], ["check-config"]])

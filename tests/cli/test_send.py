@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,17 @@ from postcopyd.outgoing.image import BlockFile
 from postcopyd.outgoing.report import Account, Phase
 from postcopyd.wire.device_state import unwrap_device_state
 from postcopyd.wire.stream_writer import device_section
+from tests.cutting_relay import Cut, CuttingRelay
+from tests.incoming.engine import DEVICE_STATE, MACHINE
+from tests.incoming.engine import image as random_image
 from tests.outgoing.destination import LIMIT, Destination
+from tests.outgoing.real_destination import RealDestination
 
 PAGE = 4096
 MEMORY = b"".join(page.to_bytes(8, "big") * 512 for page in range(1, 101)) + bytes(20 * PAGE)
+
+PAGES = 64
+CONTENT = random_image(PAGES)
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -123,6 +132,8 @@ def test_an_image_arrives_and_the_summary_says_what_was_sent(
         "postcopy_bytes": 0,
         "requests": 0,
         "requests_answered": 0,
+        "reconnects": 0,
+        "pages_again": 0,
     }
     assert "pre-copy pass 1: 0 B of 480 KiB\n" in captured.err
     assert captured.err.endswith("completed, 0 requests answered\n")
@@ -236,6 +247,10 @@ def test_a_destination_that_is_not_there_is_one_message(
         (["--to", "tcp:h:1", "--block", "a=b", "--max-bandwidth", "0"], "sends nothing"),
         (["--to", "tcp:h:1", "--block", "a=b", "--max-bandwidth", "fast"], "'fast' is not a size"),
         (["--to", "tcp:h:1", "--block", "a=b", "--precopy-passes", "-1"], "whole number from 0"),
+        (["--to", "tcp:h:1", "--block", "a=b", "--retry-for", "-1"], "not a number of seconds"),
+        (["--to", "tcp:h:1", "--block", "a=b", "--retry-for", "inf"], "not a number of seconds"),
+        (["--to", "tcp:h:1", "--block", "a=b", "--break-after", "0.5"], "1 to 3600 are possible"),
+        (["--to", "tcp:h:1", "--block", "a=b", "--break-after", "soon"], "not a number of seconds"),
     ],
 )
 def test_wrong_usage_is_exit_status_2_and_says_what_is_right(
@@ -265,30 +280,110 @@ def test_a_block_is_read_as_it_is_written(text: str, block: BlockFile) -> None:
     assert send.parse_block(text) == block
 
 
+@contextlib.asynccontextmanager
+async def sending(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run the command in a process of its own."""
+    program = "import sys; from tests.cli.test_send import run; sys.exit(run(*sys.argv[1:]))"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program, *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        async with asyncio.timeout(LIMIT):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 async def test_an_interrupt_is_exit_status_1_and_leaves_nothing_behind(
     image: Path, tmp_path: Path
 ) -> None:
-    program = "import sys; from tests.cli.test_send import run; sys.exit(run(*sys.argv[1:]))"
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", program, "--to", f"tcp:127.0.0.1:{server.getsockname()[1]}"),
-            *("--block", f"ram={image}", "--quiet", "--max-bandwidth", "1"),
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        async with asyncio.timeout(LIMIT):
+        address = f"tcp:127.0.0.1:{server.getsockname()[1]}"
+        arguments = ("--block", f"ram={image}", "--quiet", "--max-bandwidth", "1")
+        async with sending("--to", address, *arguments) as process:
             connection, _ = await asyncio.get_running_loop().sock_accept(server)
             with connection:
                 destination = Destination(connection)
                 await destination.receive_until(lambda: destination.device_state is not None)
-                process.send_signal(2)
+                process.send_signal(signal.SIGINT)
                 _, err = await process.communicate()
     assert process.returncode == 1
     assert err.decode() == (
         "postcopyctl send: interrupted: cancelled "
         "(phase postcopy; the package had been sent: the guest must not go on here)\n"
     )
+
+
+def to(relay: CuttingRelay, directory: Path) -> list[str]:
+    """Arguments that send `CONTENT` through `relay` to a real destination, not too fast."""
+    (directory / "ram").write_bytes(CONTENT)
+    (directory / "devices").write_bytes(DEVICE_STATE)
+    return [
+        *("--to", f"tcp:127.0.0.1:{relay.port}", "--block", f"pc.ram={directory / 'ram'}"),
+        *("--device-state", str(directory / "devices"), "--machine", MACHINE),
+        *("--max-bandwidth", "2M"),
+    ]
+
+
+async def test_a_broken_connection_is_told_and_mended(tmp_path: Path) -> None:
+    cuts = [Cut(forward=100_000), Cut(forward=20_000)]
+    async with (
+        RealDestination(PAGES).listening() as destination,
+        CuttingRelay(destination.port, cuts).listening() as relay,
+        sending(*to(relay, tmp_path), "--json") as process,
+    ):
+        out, err = await process.communicate()
+        await destination.migration.wait()
+        assert await destination.vmm.guest.content() == CONTENT
+    assert process.returncode == 0, err
+    summary = json.loads(out)
+    assert summary["completed"]
+    assert summary["reconnects"] == 2
+    assert summary["pages"] + summary["zero_pages"] == PAGES + summary["pages_again"]
+    lines = err.decode().splitlines()
+    assert "the connection was lost: Connection reset by peer; trying to come back at once" in lines
+    assert "connected again, asking what has arrived" in lines
+
+
+async def test_whoever_interrupts_it_while_it_is_coming_back_is_told_where_it_stands(
+    tmp_path: Path,
+) -> None:
+    cuts = [Cut(forward=100_000), *[Cut(forward=0)] * 1000]
+    async with (
+        RealDestination(PAGES).listening() as destination,
+        CuttingRelay(destination.port, cuts).listening() as relay,
+        sending(*to(relay, tmp_path)) as process,
+    ):
+        assert process.stderr is not None
+        while b"trying to come back" not in await process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode().splitlines()[-1] == (
+        "postcopyctl send: interrupted: cancelled (phase reconnecting, broken in postcopy; "
+        "the package had been sent: the guest must not go on here)"
+    )
+
+
+async def test_when_the_time_to_come_back_is_over_it_is_exit_status_1(tmp_path: Path) -> None:
+    cuts = [Cut(forward=100_000), *[Cut(forward=0)] * 1000]
+    async with (
+        RealDestination(PAGES).listening() as destination,
+        CuttingRelay(destination.port, cuts).listening() as relay,
+        sending(*to(relay, tmp_path), "--retry-for", "0.2", "--quiet") as process,
+    ):
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.startswith(b"postcopyctl send: the connection was lost: Connection reset by peer; ")
+    assert b"no way back in 0." in err
+    assert err.count(b"\n") == 1
 
 
 def account(phase: Phase, done: int, total: int) -> Account:
@@ -314,6 +409,32 @@ def test_lines_are_written_for_each_phase_and_each_quarter_of_it() -> None:
         "post-copy: 300 KiB of 400 KiB, 0 requests answered",
         "post-copy: 400 KiB of 400 KiB, 0 requests answered",
         "completed, 0 requests answered",
+    ]
+
+
+def test_one_line_tells_of_all_tries_that_meet_the_same() -> None:
+    output = io.StringIO()
+    lines = ProgressLines(output)
+    broken = account(Phase.POSTCOPY, 100, 400)
+    for why in ("the network is down", "nobody listens", "the network is down"):
+        for seconds in (0.0, 0.05, 0.1):
+            broken.broke(why, seconds)
+            broken.enter(Phase.RECONNECTING)
+            lines(broken.report())
+    broken.retry_seconds = None
+    lines(broken.report())
+    broken.enter(Phase.POSTCOPY, 300)
+    lines(broken.report())
+    broken.broke("the network is down", 0.0)
+    broken.enter(Phase.FAILED)
+    lines(broken.report())
+    assert output.getvalue().splitlines() == [
+        "the network is down; trying to come back at once",
+        "nobody listens; trying to come back at once",
+        "the network is down; trying to come back at once",
+        "connected again, asking what has arrived",
+        "post-copy: 0 B of 300 B, 0 requests answered",
+        "failed",
     ]
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from postcopyd.daemon import network_watch
 from tests.daemon.hosted import Hosted, held
+
+network_watch.load()  # a thread that does it in the middle of a test has files open
 
 
 @pytest.fixture

@@ -7,15 +7,17 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from postcopyd.daemon import sockets
 from postcopyd.daemon.config import Configuration, Limits
 from postcopyd.daemon.entry import Entry
-from postcopyd.daemon.registry import Registry
+from postcopyd.daemon.registry import Claims, Registry
 from postcopyd.vmm.client import Block, Destination
 from postcopyd.wire import stream_writer
 from postcopyd.wire.address import Address
 from postcopyd.wire.messages import BlockEntry
+from postcopyd.wire.return_path import ReturnPathWriter
 from tests.support import LIMIT, belongings
 
 PAGE = 4096
@@ -46,6 +48,9 @@ class Vmm:
     def _close(self) -> None:
         self.destination.close()
         self._block.close()
+
+
+_ALL_IS_WELL: Final = ReturnPathWriter().shut(0)
 
 
 class Source:
@@ -90,6 +95,15 @@ class Source:
             stream_writer.END_OF_STREAM,
         )
 
+    async def hear_the_end(self) -> None:
+        """Return when we have been told that all is well, and have nothing to read any more."""
+        heard = b""
+        async with asyncio.timeout(LIMIT):
+            while not heard.endswith(_ALL_IS_WELL):
+                received = await asyncio.get_running_loop().sock_recv(self.connection, 4096)
+                assert received, "the destination has closed the connection"
+                heard += received
+
     def close(self) -> None:
         self.connection.close()
 
@@ -116,15 +130,21 @@ async def closed(connection: socket.socket) -> None:
 class Hosted:
     """A registry and its common handoff socket."""
 
-    def __init__(self, directory: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self, directory: Path, limits: Limits | None = None, claims: Claims | None = None
+    ) -> None:
         self.directory = directory
         self.handoff = directory / "handoff.sock"
+        self.records = directory / "records"
+        """Where lists of what is missing go; not there yet."""
         self.configuration = Configuration(
-            handoff=str(self.handoff), limits=limits or Limits(migrations=3, ended=2)
+            handoff=str(self.handoff),
+            records=str(self.records),
+            limits=limits or Limits(migrations=3, ended=2),
         )
         self.changes = 0
         self._changed = asyncio.Event()
-        self.registry = Registry(self.configuration, self._on_change)
+        self.registry = Registry(self.configuration, self._on_change, claims=claims)
 
     def start(self) -> None:
         self._socket = sockets.open_unix_listener(str(self.handoff), 0o600, "")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from postcopyd.daemon.config import load, parse
 from postcopyd.daemon.config_problems import ConfigurationError, Lines
 
+TLS = "[tls]\ncertificate = '/c'\nkey = '/k'\nca_certificates = '/a'\n"
+
 
 def mistakes(text: str) -> list[str]:
     with pytest.raises(ConfigurationError) as caught:
@@ -97,6 +99,40 @@ def mistakes(text: str) -> list[str]:
         (
             "[[migration]]\nname = 'a'\nhandoff = '/run/postcopyd/control.sock'",
             "postcopyd.toml:3: '/run/postcopyd/control.sock' is the path of another socket",
+        ),
+        (
+            "plain_tcp = 'sometimes'",
+            'postcopyd.toml:1: plain_tcp must be one of "loopback", "always", "never"; it is',
+        ),
+        (
+            "\nlisten = 'tcp:0.0.0.0:0'",
+            "postcopyd.toml:2: no source can come to tcp:0.0.0.0:0: there is no [tls], and",
+        ),
+        (
+            "plain_tcp = 'never'\nlisten = 'unix:/run/a'\n"
+            "[[migration]]\nname = 'a'\n[[migration]]\nname = 'b'\nlisten = 'tcp:[::1]:0'",
+            "postcopyd.toml:7: no source can come to tcp:[::1]:0",
+        ),
+        (
+            "plain_tcp = 'never'\n[[migration]]\nname = 'a'",
+            "postcopyd.toml: no source can come to tcp:127.0.0.1:0",
+        ),
+        (
+            "[tls]\ncertificate = '/c'",
+            "postcopyd.toml:1: [tls] has no key and no ca_certificates",
+        ),
+        ("[tls]\nkey = 'k'", "postcopyd.toml:2: tls.key: 'k' is not an absolute path"),
+        (
+            f"plain_tcp = 'always'\n{TLS}",
+            'postcopyd.toml:1: [tls] is of no use with plain_tcp = "always"',
+        ),
+        (
+            f"{TLS}allowed_sources = ['node 7']",
+            "postcopyd.toml:5: tls.allowed_sources: 'node 7' is neither a DNS name",
+        ),
+        (
+            f"{TLS}[[migration]]\nname = 'a'\nallowed_sources = ['CN=a']",
+            "postcopyd.toml:7: no source shows a certificate at tcp:127.0.0.1:0",
         ),
     ],
 )

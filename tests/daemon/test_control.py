@@ -20,6 +20,7 @@ from postcopyd.daemon.control import ControlApi
 from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
 from postcopyd.daemon.logging import configured
 from postcopyd.daemon.registry import allowed_peers
+from postcopyd.incoming.states import State
 from postcopyd.vmm.peer import AllowedPeers
 from tests.daemon.hosted import LENGTH, Hosted, closed, held
 from tests.support import LIMIT
@@ -82,6 +83,7 @@ async def test_a_migration_is_created_shown_and_listed(api: Api, hosted: Hosted)
     assert created["name"] == "vm0" and created["state"] == "none"
     assert created["listen"] == list(hosted.registry.get("vm0").listen)
     assert await api.ask("show", "vm0") == created
+    del created["missing"]  # of all it may be much
     assert await api.ask("list") == [created]
 
 
@@ -89,7 +91,8 @@ async def test_a_report_shows_all_that_the_engine_tells(api: Api, hosted: Hosted
     vmm, entry, source = await hosted.listening("vm0")
     assert entry.migration is not None
     shown = await api.ask("show", "vm0")
-    assert set(shown) == set(entry.migration.report().__dataclass_fields__) | {"listen", "handoff"}
+    beside = {"listen", "security", "allowed_sources", "handoff", "missing_list", "worker"}
+    assert set(shown) == set(entry.migration.report().__dataclass_fields__) | beside
     assert shown["state"] == "listening"
     assert shown["blocks"][0]["length"] == LENGTH
     assert shown["counters"]["faults"] == 0
@@ -101,6 +104,26 @@ async def test_creating_takes_address_and_handoff(api: Api, tmp_path: Path) -> N
     created = await api.ask("create", "vm0", f"unix:{tmp_path}/s", f"{tmp_path}/h")
     assert created["listen"] == [f"unix:{tmp_path}/s"]
     assert created["handoff"] == f"{tmp_path}/h"
+
+
+async def test_what_never_came_can_be_given_up(api: Api, hosted: Hosted) -> None:
+    vmm, entry, source = await hosted.listening("vm0")
+    await asyncio.to_thread(vmm.destination.loaded)
+    await hosted.reach(entry, "running")
+    status, answer = await api.request("POST /v1/migrations/vm0/abandon", b"{}")
+    assert (status, error_of(answer)["code"]) == (409, "cannot-abandon")
+    source.close()
+    await hosted.reach(entry, "paused")
+    status, answer = await api.request("POST /v1/migrations/vm0/abandon", b"{}")
+    assert (status, error_of(answer)["code"]) == (409, "cannot-abandon")
+    assert "let 'records' in the configuration" in error_of(answer)["hint"]
+    assert entry.state is State.PAUSED
+    hosted.records.mkdir()
+    status, answer = await api.request("POST /v1/migrations/vm0/abandon", b"{}")
+    assert (status, answer["state"]) == (200, "abandoned")
+    assert answer["missing"] == [{"block": "pc.ram", "offset": 0, "length": LENGTH}]
+    await asyncio.to_thread(vmm.destination.wait_for_completion, LIMIT)
+    await vmm.leave()
 
 
 async def test_creating_answers_201(api: Api) -> None:

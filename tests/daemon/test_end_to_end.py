@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from postcopyd.wire.address import Address
+from tests.cutting_relay import Cut, CuttingRelay
 from tests.daemon.daemon_process import RunningDaemon, running_daemon
 from tests.daemon.whole_migration import (
     DEVICE_STATE,
@@ -47,6 +50,26 @@ def test_the_guest_runs_at_once_and_reads_only_what_the_source_holds(
     assert report["counters"]["pages_by_fault"] > 0 or passes
     daemon.wait_for_descriptors(before)
     assert "Traceback" not in daemon.log
+
+
+async def test_a_source_comes_back_through_all_breaks(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    image = Image(tmp_path / "image", seed=5)
+    total = sum(LENGTHS.values())
+    with running_guest(daemon, "vm0", "anonymous") as guest:
+        (listen,) = (await asyncio.to_thread(guest.says))["listen"]
+        port = Address.parse(listen).port
+        cuts = [Cut(forward=total // 4), Cut(backward=20), Cut(forward=total // 4)]
+        async with CuttingRelay(port, cuts).listening() as relay:
+            source = image.start_sending(f"tcp:127.0.0.1:{relay.port}", "--max-bandwidth", "50M")
+            await asyncio.to_thread(assert_sent, source)
+        assert await asyncio.to_thread(guest.says) == {"complete": True, "changed": 0}
+        assert guest.process.wait(LIMIT) == 0
+    assert relay.connections > len(cuts)
+    assert guest.memory() == image.memory
+    assert guest.device_state() == DEVICE_STATE
+    assert daemon.client.wait("vm0", LIMIT)["state"] == "end"
 
 
 def test_several_migrations_at_once_do_not_mix(daemon: RunningDaemon, tmp_path: Path) -> None:

@@ -117,8 +117,16 @@ SAMPLES: list[events.Event] = [
     events.PackageReceived(100),
     events.DeviceStateLoaded(0.5),
     events.MemoryRemoved("pc.ram", 0, 4096),
+    events.PathLost("link eth0 is down"),
+    events.PathBack(),
+    events.Stalled(30.0, 3),
+    events.StallOver(31.0),
+    events.Abandoned(7, 28672),
     events.VmmLost("the VMM failed"),
     events.Paused("the stream broke"),
+    events.Resumed("192.0.2.1:7", 3),
+    events.Restored("paused", 7),
+    events.NotNoted("no memory"),
     events.Completed(10, 2, 1.5),
     events.Failed("no reason", guest_lost=False),
     events.Failed("no reason", guest_lost=True),
@@ -133,7 +141,7 @@ def test_every_event_of_the_engine_has_an_identifier_of_its_own(journald: FakeJo
         assert entry["POSTCOPYD_MIGRATION"] == "vm0"
         assert identifiers.setdefault(entry["MESSAGE_ID"], type(event)) is type(event)
     assert set(identifiers.values()) == set(get_args(events.Event))
-    assert len(event_log.MESSAGE_IDS) == len(identifiers) + 2
+    assert len(event_log.MESSAGE_IDS) == len(identifiers) + 9
     assert set(identifiers) < event_log.MESSAGE_IDS
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +50,22 @@ async def test_what_is_told_arrives(systemd: socket.socket) -> None:
     assert systemd.recv(4096) == b"STATUS=one migration"
     assert systemd.recv(4096) == b"STOPPING=1\nSTATUS=going down"
     assert belongings() == before
+
+
+async def test_reading_anew_is_told_with_its_time(systemd: socket.socket) -> None:
+    manager = ServiceManager(environment_of(systemd))
+    manager.ready("up")
+    before = time.monotonic_ns() // 1000
+    manager.reloading()
+    manager.reloaded()
+    manager.close()
+    assert systemd.recv(4096) == b"READY=1\nSTATUS=up"
+    first, second = systemd.recv(4096).decode().splitlines()
+    assert first == "RELOADING=1"
+    name, _, microseconds = second.partition("=")
+    assert name == "MONOTONIC_USEC"
+    assert before <= int(microseconds) <= time.monotonic_ns() // 1000
+    assert systemd.recv(4096) == b"READY=1\nSTATUS=up"
 
 
 async def test_the_same_status_is_told_once(systemd: socket.socket) -> None:
@@ -113,3 +131,54 @@ async def test_a_manager_that_is_not_there_is_no_matter(name: str) -> None:
     manager.close()
     manager.close()
     assert belongings() == before
+
+
+async def test_what_is_to_be_kept_waits_for_a_manager_that_has_much_to_read(
+    systemd: socket.socket,
+) -> None:
+    manager = ServiceManager(environment_of(systemd))
+    count = 500  # more than a datagram socket takes
+    reading, writing = os.pipe()
+    for number in range(count):
+        manager.store(f"vm0/{number}", reading)
+    manager.unstore("vm0/0")
+    manager.ready("up")
+    os.close(reading)
+    os.close(writing)
+
+    def hear() -> list[bytes]:
+        heard: list[bytes] = []
+        while not heard or not heard[-1].startswith(b"READY=1"):
+            datagram, ancillary, _, _ = systemd.recvmsg(4096, socket.CMSG_SPACE(4))
+            heard.append(datagram)
+            for _, _, descriptor in ancillary:
+                os.close(int.from_bytes(descriptor, sys.byteorder))
+        return heard
+
+    heard = await asyncio.to_thread(hear)
+    assert heard == [
+        *(f"FDSTORE=1\nFDNAME=vm0/{number}\nFDPOLL=0".encode() for number in range(count)),
+        b"FDSTOREREMOVE=1\nFDNAME=vm0/0",
+        b"READY=1\nSTATUS=up",
+    ]
+    manager.close()
+
+
+async def test_who_asks_hears_when_everything_before_has_been_told(systemd: socket.socket) -> None:
+    manager = ServiceManager(environment_of(systemd))
+    told: list[str] = []
+    manager.when_told(lambda: told.append("nothing was to be told"))
+    assert told == ["nothing was to be told"]
+    for number in range(2000):
+        manager.unstore(f"vm0/{number}")
+    manager.when_told(lambda: told.append("all"))
+    manager.unstore("vm0/last")
+    assert len(told) == 1, "systemd has not read anything yet"
+
+    def read() -> None:
+        while systemd.recv(4096) != b"FDSTOREREMOVE=1\nFDNAME=vm0/last":
+            pass
+
+    await asyncio.to_thread(read)
+    assert told[1:] == ["all"]
+    manager.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from postcopyd.daemon.logging import configured
-from postcopyd.daemon.registry import RegistryError
+from postcopyd.daemon.registry_error import RegistryError
 from postcopyd.vmm.client import MigrationFailed
 from tests.daemon.hosted import LENGTH, PAGE, Hosted, Source, closed, held
 from tests.support import LIMIT
@@ -247,6 +247,7 @@ async def test_a_second_source_is_refused_and_told_of(hosted: Hosted) -> None:
     entry = hosted.registry.create("vm0")
     first, second = Source(entry.listen[0]), Source(entry.listen[0])
     with configured("info", "json", stream=(log := StringIO())):
+        await first.begin()
         await second.begin()
         await closed(second.connection)
         events = [json.loads(line) for line in log.getvalue().splitlines()]
@@ -356,13 +357,85 @@ async def test_stopping_without_waiting_gives_the_guest_up(hosted: Hosted) -> No
     await vmm.leave()
 
 
-async def test_the_summary_says_where_they_are(hosted: Hosted) -> None:
-    assert hosted.registry.summary() == "no migration is under way"
-    hosted.registry.create("a")
-    assert hosted.registry.summary() == "1 migration under way: 1 none"
-    hosted.registry.create("b")
-    assert hosted.registry.summary() == "2 migrations under way: 2 none"
+# -- with other workers ------------------------------------------------------------------------
+
+
+class OtherWorkers:
+    """Has the names that other workers have, and says what a worker claims and gives up."""
+
+    def __init__(self, *taken: str) -> None:
+        self.taken = set(taken)
+        self.claimed: list[str] = []
+
+    async def claim(self, name: str) -> None:
+        await asyncio.sleep(0)
+        if name in self.taken:
+            raise RegistryError("name-taken", f"there is a migration {name!r} already")
+        self.taken.add(name)
+        self.claimed.append(name)
+
+    def give_up(self, name: str) -> None:
+        self.taken.remove(name)
+
+
+async def test_a_name_is_claimed_before_its_migration_is_created(tmp_path: Path) -> None:
+    others = OtherWorkers("theirs")
+    hosted = Hosted(tmp_path, claims=others)
+    hosted.start()
+    with refused("name-taken"):
+        await hosted.registry.open("theirs")
+    with pytest.raises(MigrationFailed, match="there is a migration 'theirs' already"):
+        await hosted.vmm("theirs")
+    assert list(hosted.registry) == []
+    vmm = await hosted.vmm("ours")
+    with refused("name-taken"):
+        await hosted.registry.open("ours")
+    assert others.claimed == ["ours"]
+    await vmm.leave()
+    await hosted.stop()
+
+
+async def test_a_claim_is_given_up_when_nothing_is_created(tmp_path: Path) -> None:
+    others = OtherWorkers()
+    hosted = Hosted(tmp_path, claims=others)
+    hosted.start()
+    with refused("address-unusable"):
+        await hosted.registry.open("a", "unix:/no/such/place")
+    assert others.taken == set()
+    await hosted.stop()
+
+
+async def test_two_at_once_want_one_name_and_one_gets_it(tmp_path: Path) -> None:
+    hosted = Hosted(tmp_path, claims=OtherWorkers())
+    hosted.start()
+    wishes = (hosted.registry.open("a") for _ in range(2))
+    done = await asyncio.gather(*wishes, return_exceptions=True)
+    assert [type(one).__name__ for one in done] == ["Entry", "RegistryError"]
+    await hosted.stop()
+
+
+async def test_a_vmm_that_comes_while_its_migration_is_created_is_paired(tmp_path: Path) -> None:
+    hosted = Hosted(tmp_path, claims=OtherWorkers())
+    hosted.start()
+    entry, vmm = await asyncio.gather(hosted.registry.open("a"), hosted.vmm("a"))
+    assert not entry.waits_for_vmm
+    await vmm.leave()
+    await hosted.stop()
+
+
+async def test_the_others_are_told_how_each_stands(hosted: Hosted) -> None:
+    hosted.registry.create("waits")
+    vmm = await hosted.vmm("has-one")
+    hosted.registry.create("ended")
+    await hosted.registry.remove("ended", force=False)
+    assert hosted.registry.listings() == {
+        "waits": ("none", "waiting"),
+        "has-one": ("none", "running"),
+        "ended": ("failed", "ended"),
+    }
     changes = hosted.changes
-    await hosted.registry.remove("a", force=False)
+    for name in ("waits", "ended"):
+        hosted.registry.forget(name)
     assert hosted.changes > changes
-    assert hosted.registry.summary() == "1 migration under way: 1 none"
+    assert set(hosted.registry.listings()) == {"waits", "has-one"}
+    await vmm.leave()

@@ -112,6 +112,10 @@ def test_migrations_of_the_configuration_are_there_from_the_start(tmp_path: Path
     ("more", "reason"),
     [
         ('[[migration]]\nname = "vm0"\nlisten = "unix:/no/such/s"', "migration 'vm0': cannot list"),
+        (
+            '[tls]\ncertificate = "/no/c"\nkey = "/no/k"\nca_certificates = "/no/a"',
+            "tls.certificate: cannot read /no/c: No such file",
+        ),
         ('[log]\nformat = "journal"', "no journald listens here"),
     ],
 )
@@ -220,7 +224,7 @@ def test_a_client_of_another_user_is_refused(public_directory: Path) -> None:
 # -- stopping ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_idle_daemon_well(daemon: RunningDaemon, number: signal.Signals) -> None:
     daemon.process.send_signal(number)
     assert daemon.notification()["STOPPING"] == "1"

@@ -19,7 +19,7 @@ from postcopyd.daemon.sockets import (
     listen_address,
     open_stream_listener,
     open_unix_listener,
-    take_over_listeners,
+    take_over,
 )
 from postcopyd.wire.address import Address
 from tests.support import ROOT, belongings
@@ -135,15 +135,16 @@ def test_where_nobody_can_listen_is_refused(text: str, message: str) -> None:
 
 _TAKE_OVER = """
 import json, os, sys
-from postcopyd.daemon.sockets import take_over_listeners
+from postcopyd.daemon.sockets import take_over
 os.environ["LISTEN_PID"] = sys.argv[1] or str(os.getpid())
 try:
-    taken = take_over_listeners(os.environ)
+    taken, stored = take_over(os.environ)
 except OSError as error:
     print(json.dumps(error.strerror))
 else:
     print(json.dumps({
         "taken": {path: listener.fileno() for path, listener in taken.items()},
+        "stored": stored,
         "blocking": [listener.getblocking() for listener in taken.values()],
         "inheritable": [listener.get_inheritable() for listener in taken.values()],
         "left": sorted(name for name in os.environ if name.startswith("LISTEN_")),
@@ -151,7 +152,7 @@ else:
 """
 
 
-def take_over_in_child(descriptors: list[int], process: str = "") -> object:
+def take_over_in_child(descriptors: list[int], process: str = "", names: str = "a:b") -> object:
     """Start a process as systemd does, with `descriptors` from 3 on; return what it took over."""
 
     def place() -> None:
@@ -163,7 +164,7 @@ def take_over_in_child(descriptors: list[int], process: str = "") -> object:
         done = subprocess.run(
             [sys.executable, "-c", _TAKE_OVER, process],
             cwd=ROOT,
-            env={"LISTEN_FDS": str(len(copies)), "LISTEN_FDNAMES": "a:b"},
+            env={"LISTEN_FDS": str(len(copies)), "LISTEN_FDNAMES": names},
             capture_output=True,
             preexec_fn=place,
             pass_fds=range(3, 3 + len(copies)),
@@ -182,6 +183,7 @@ def test_sockets_from_systemd_are_known_by_their_paths(tmp_path: Path) -> None:
     try:
         assert take_over_in_child([listener.fileno() for listener in listeners]) == {
             "taken": {paths[0]: 3, paths[1]: 4},
+            "stored": {},
             "blocking": [False, False],
             "inheritable": [False, False],
             "left": [],
@@ -189,6 +191,17 @@ def test_sockets_from_systemd_are_known_by_their_paths(tmp_path: Path) -> None:
     finally:
         for listener in listeners:
             listener.close()
+
+
+def test_what_a_predecessor_has_stored_is_known_by_its_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with open_unix_listener(path, 0o600, "") as listener, open("/dev/null") as stored:
+        answer = take_over_in_child(
+            [stored.fileno(), listener.fileno()], names="vm0/journal:postcopyd.socket"
+        )
+    assert isinstance(answer, dict)
+    assert answer["stored"] == {"vm0/journal": 3}
+    assert answer["taken"] == {path: 4}
 
 
 def test_sockets_for_another_process_are_not_taken(tmp_path: Path) -> None:
@@ -206,5 +219,5 @@ def test_what_is_not_a_listening_unix_socket_is_refused() -> None:
 
 
 def test_without_systemd_there_is_nothing_to_take() -> None:
-    assert take_over_listeners({}) == {}
-    assert take_over_listeners({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "many"}) == {}
+    assert take_over({}) == ({}, {})
+    assert take_over({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "many"}) == ({}, {})

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from postcopyd.wire import stream_writer
-from tests.daemon.daemon_process import RunningDaemon
 from tests.support import LIMIT, ROOT
 
 PAGE = 4096
@@ -20,12 +19,24 @@ LENGTHS = {"pc.ram": 8 << 20, "pc.rom": 64 << 10}
 DEVICE_STATE = stream_writer.device_section(7, "timer", b"device state")
 
 
+class Daemon(Protocol):
+    """One that VMMs come to."""
+
+    directory: Path
+    """Where a VMM may leave what it has to tell."""
+    handoff: Path
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """A command that starts another one where VMMs of the daemon run."""
+
+
 class Guest:
     """A VMM in a process of its own whose threads read all its memory while it arrives."""
 
     def __init__(self, process: subprocess.Popen[str], directory: Path) -> None:
         self.process = process
-        self._directory = directory
+        self.directory = directory
 
     def says(self) -> dict[str, Any]:
         """The next thing that it tells."""
@@ -36,22 +47,24 @@ class Guest:
     def memory(self) -> dict[str, bytes]:
         """What its blocks hold at the end."""
         return {
-            name: (self._directory / f"block-{number}").read_bytes()
+            name: (self.directory / f"block-{number}").read_bytes()
             for number, name in enumerate(LENGTHS)
         }
 
     def device_state(self) -> bytes:
         """What it was given to load."""
-        return (self._directory / "device-state").read_bytes()
+        return (self.directory / "device-state").read_bytes()
 
 
 @contextmanager
-def running_guest(daemon: RunningDaemon, name: str, kind: str) -> Iterator[Guest]:
+def running_guest(
+    daemon: Daemon, name: str, kind: str, program: str = "tests.interop.stand_in_vmm"
+) -> Iterator[Guest]:
     directory = daemon.directory / f"guest-{name}"
     directory.mkdir()
     with subprocess.Popen(
         [
-            *(sys.executable, "-m", "tests.interop.stand_in_vmm"),
+            *(*daemon.beside, sys.executable, "-m", program),
             *(str(daemon.handoff), name, kind, str(directory)),
             *(f"{block}={length}" for block, length in LENGTHS.items()),
         ],
@@ -71,6 +84,8 @@ class Image:
 
     def __init__(self, directory: Path, seed: int) -> None:
         directory.mkdir()
+        self.directory = directory
+        """With one file of each block's name, and ``state``."""
         numbers = random.Random(seed)
         self.memory: dict[str, bytes] = {}
         self._options = ["--device-state", str(directory / "state")]
@@ -84,10 +99,13 @@ class Image:
             self.memory[name] = content
             self._options += ["--block", f"{name}={directory / name}"]
 
-    def start_sending(self, address: str, *options: str) -> subprocess.Popen[str]:
-        """Run ``postcopyctl send``."""
+    def start_sending(
+        self, address: str, *options: str, wrapper: tuple[str, ...] = ()
+    ) -> subprocess.Popen[str]:
+        """Run ``postcopyctl send``; `wrapper` is a command that is to start it."""
         return subprocess.Popen(
             [
+                *wrapper,
                 *(sys.executable, "-m", "postcopyd.cli.postcopyctl", "send", "--json", "--quiet"),
                 *("--to", address, *self._options, *options),
             ],
@@ -99,7 +117,7 @@ class Image:
         )
 
 
-def assert_sent(source: subprocess.Popen[str]) -> None:
-    output, errors = source.communicate(timeout=LIMIT)
+def assert_sent(source: subprocess.Popen[str], within: float = LIMIT) -> None:
+    output, errors = source.communicate(timeout=within)
     assert source.returncode == 0, errors
     assert json.loads(output)["completed"]

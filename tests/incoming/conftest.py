@@ -8,9 +8,17 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from postcopyd.incoming.estate import Keeper
 from postcopyd.incoming.settings import Settings
 from tests.incoming.engine import Engine
 from tests.incoming.guest import Guest
+from tests.incoming.read_ahead import ReadAhead
+
+
+@pytest.fixture(params=[None, ReadAhead], ids=["socket", "read ahead"])
+def every_connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the engines of a test read sockets, and once more connections as TLS makes them."""
+    monkeypatch.setattr(Engine, "connection", request.param)
 
 
 @pytest.fixture
@@ -20,8 +28,11 @@ async def make_engine() -> AsyncIterator[Callable[..., Engine]]:
     before = set(os.listdir("/proc/self/fd"))
     made: list[Engine] = []
 
-    def make(settings: Settings | None = None, **guest: object) -> Engine:
-        made.append(Engine(Guest(register=False, **guest), settings))  # type: ignore[arg-type]
+    def make(
+        settings: Settings | None = None, keeper: Keeper | None = None, **guest: object
+    ) -> Engine:
+        own = Guest(register=False, **guest)  # type: ignore[arg-type]
+        made.append(Engine(own, settings, keeper))
         return made[-1]
 
     yield make

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from postcopyd.incoming import events
+from postcopyd.incoming.estate import Estate, Keeper
 from postcopyd.incoming.migration import IncomingMigration
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
@@ -19,6 +20,7 @@ from postcopyd.wire import stream_writer
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.return_path import PageRequest, Pong, ReturnMessage, ReturnPathReader, Shut
 from tests.incoming.guest import LIMIT, PAGE, Guest
+from tests.incoming.read_ahead import ReadAhead
 
 MACHINE = "pc-q35-7.2"
 LAST_BYTES = b"the end of the device state"
@@ -57,9 +59,20 @@ class InProcessVmm:
         self.description = "the test"
         self.may_load = asyncio.Event()
         self.may_load.set()
+        self.may_discard = asyncio.Event()
+        self.may_discard.set()
         self.dead = asyncio.Event()
         self.refuses = ""
         self.closed = False
+
+    kind = "in-process"
+
+    def facts(self) -> None:
+        pass
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        return self.memory.descriptors
 
     @property
     def memory(self) -> GuestMemory:
@@ -70,6 +83,7 @@ class InProcessVmm:
 
     async def discard(self) -> None:
         self._say("discard")
+        await self.may_discard.wait()
 
     def listening(self) -> None:
         self._say("listening")
@@ -95,8 +109,8 @@ class InProcessVmm:
             if self.rest.endswith(LAST_BYTES):
                 return
 
-    async def complete(self) -> None:
-        self._say("complete")
+    async def complete(self, missing: int) -> None:
+        self._say(f"complete without {missing} bytes" if missing else "complete")
 
     async def failed(self, reason: str) -> None:
         self._say("failed")
@@ -127,6 +141,8 @@ class Source:
         default_factory=lambda: stream_writer.StreamWriter(SECTION)
     )
     messages: list[ReturnMessage] = field(default_factory=list)
+    sent: int = 0
+    """Bytes."""
 
     def __post_init__(self) -> None:
         self._reader = ReturnPathReader(self.blocks)
@@ -137,8 +153,10 @@ class Source:
         self._reader = ReturnPathReader(self.blocks)
 
     async def send(self, *parts: bytes) -> None:
+        data = b"".join(parts)
         async with asyncio.timeout(LIMIT):
-            await asyncio.get_running_loop().sock_sendall(self.connection, b"".join(parts))
+            await asyncio.get_running_loop().sock_sendall(self.connection, data)
+        self.sent += len(data)
 
     async def advise(self) -> None:
         sizes = 0
@@ -240,20 +258,31 @@ class Source:
 class Engine:
     """A migration, its VMM and its source."""
 
-    def __init__(self, guest: Guest, settings: Settings | None = None) -> None:
+    connection: type[ReadAhead] | None = None
+    """What its ends of the connections are made into."""
+
+    def __init__(
+        self, guest: Guest, settings: Settings | None = None, keeper: Keeper | None = None
+    ) -> None:
         self.guest = guest
         self.events: list[events.Event] = []
+        self._again: list[socket.socket] = []
         self._stepped = asyncio.Event()
-        self.migration = IncomingMigration("vm0", settings or Settings(), self._trace)
+        self.migration = IncomingMigration(
+            "vm0", settings or Settings(), self._trace, Estate(keeper)
+        )
         self.vmm = InProcessVmm(guest)
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        self._ours = ours
+        self._ours = self._made(ours)
         self.source = Source(theirs, [BlockEntry(guest.name, guest.length, guest.page_size)])
 
     def _trace(self, event: events.Event) -> None:
         self.events.append(event)
         self._stepped.set()
+
+    def _made(self, ours: socket.socket) -> socket.socket:
+        return ours if self.connection is None else self.connection(ours)
 
     def attach(self) -> None:
         self.migration.attach_vmm(self.vmm)
@@ -270,7 +299,8 @@ class Engine:
         """Connect once more, as a source does for its preempt channel; return the source's end."""
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        self.migration.attach_stream(ours, "the test again")
+        self._again.append(theirs)
+        self.migration.attach_stream(self._made(ours), "the test again")
         return theirs
 
     async def reach(self, state: State) -> None:
@@ -300,7 +330,8 @@ class Engine:
         return [event for event in self.events if isinstance(event, kinds)]
 
     async def close(self) -> None:
-        self.source.close()
+        for connection in (self.source.connection, *self._again):
+            connection.close()
         if not self.migration.state.ended:
             self.migration.cancel("the test is over", force=True)
         await self.finish()

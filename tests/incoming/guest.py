@@ -50,15 +50,31 @@ _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 DONTNEED = 4
 
 
+_MAP_FIXED = 0x10
+
+
+def _fenced_place(length: int) -> int:
+    """Return where `length` bytes may be mapped, in front of a page of an ordinary file."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    place: int = _mmap(None, length + PAGE, mmap.PROT_READ, flags, -1, 0)
+    with open(__file__, "rb") as file:
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        fence = _mmap(place + length, PAGE, mmap.PROT_READ, flags, file.fileno(), 0)
+    assert fence == place + length
+    return place
+
+
 class Touch:
     """One access of a thread of its own; its result is there when the page is."""
 
     def __init__(self, address: int, length: int) -> None:
         self._result = ctypes.create_string_buffer(length)
-        self._thread = threading.Thread(
-            target=_memcpy, args=(ctypes.addressof(self._result), address, length), daemon=True
-        )
+        # Has a method as its target, so that the buffer lives as long as the thread.
+        self._thread = threading.Thread(target=self._copy, args=(address, length), daemon=True)
         self._thread.start()
+
+    def _copy(self, address: int, length: int) -> None:
+        _memcpy(ctypes.addressof(self._result), address, length)
 
     @property
     def waits(self) -> bool:
@@ -80,6 +96,9 @@ class Guest:
     register: bool = True
     reserve: bool = True
     """Whether huge pages are promised to the mapping; else placing may find the pool empty."""
+    fenced: bool = False
+    """Whether memory lies behind it that no userfaultfd can watch: else one that is told a wrong
+    length may watch whatever this process has there."""
     features: Feature = Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feature.THREAD_ID
     name: str = "pc.ram"
     address: int = field(init=False)
@@ -100,7 +119,11 @@ class Guest:
             features |= Feature.MISSING_HUGETLBFS
         if not self.reserve:
             flags |= 0x4000  # MAP_NORESERVE
-        address = _mmap(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+        place = None
+        if self.fenced:
+            place = _fenced_place(self.length)
+            flags |= _MAP_FIXED
+        address = _mmap(place, self.length, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
         assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
         self.address = address
         self.userfaultfd = Userfaultfd.open()
@@ -167,7 +190,7 @@ class Guest:
 
     def close(self) -> None:
         self.userfaultfd.close()
-        _munmap(self.address, self.length)
+        _munmap(self.address, self.length + (PAGE if self.fenced else 0))
         if self.memory_file is not None:
             os.close(self.memory_file)
 

@@ -398,8 +398,8 @@ async def test_a_cancel_that_the_package_overtakes_is_refused_and_the_guest_live
     engine.source.connection.setblocking(False)
     cancelled = engine.migration.cancel("harmless")
     # What the loop would do if it looked at the stream first.
-    assert engine.migration._link is not None
-    engine.migration._link.main._readable()
+    assert engine.migration._standing.link is not None
+    engine.migration._standing.link.main._readable()
     assert engine.migration.state is State.LISTENING
     with pytest.raises(Refused, match="cancelling loses the guest"):
         await cancelled

@@ -12,6 +12,7 @@ from postcopyd.incoming.faults import FaultHandler, UnexpectedEvent
 from postcopyd.incoming.placing import Placer
 from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.incoming.staging import BlockStage
+from postcopyd.kernel import memory_file
 from postcopyd.kernel.userfaultfd import Feature
 from postcopyd.ram.block import BlockTable, RamBlock
 from postcopyd.ram.page_map import PageMap
@@ -35,7 +36,12 @@ class Bench:
         self.page_map = PageMap(self.blocks)
         self.maps = self.page_map[0]
         self.stages = [
-            BlockStage(block, handed, self.page_map[block.index])
+            BlockStage(
+                block,
+                handed,
+                self.page_map[block.index],
+                memory_file.create("staging", block.length),
+            )
             for block, handed in zip(self.blocks, guest.memory.blocks * 2, strict=False)
         ]
         self.placer = Placer(
@@ -266,9 +272,25 @@ def test_a_removal_that_touches_parts_of_pages_and_other_memory_marks_whole_page
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
-    bench.handler._apply_removal(bench.block.address - 8 * PAGE, bench.block.address + 2 * PAGE + 9)
+    start = bench.block.address
+    bench.handler.apply_removals([(start - 8 * PAGE, start + 2 * PAGE + 9)])
     assert bench.removals == [(0, 2 * PAGE)]
     assert bench.maps.zero.count() == 2
+
+
+def test_removals_of_one_read_are_done_once_a_page_however_often_they_say_it(
+    make: Callable[..., Bench],
+) -> None:
+    """Each costs what its length is: 64 times all memory would keep everybody else waiting."""
+    bench = make(Guest(pages=64))
+    start, page = bench.block.address, PAGE
+    whole = (start, start + 64 * page)
+    bench.handler.apply_removals([whole] * 32 + [(start, start + page)] * 16 + [whole] * 16)
+    assert bench.removals == [(0, 64 * page)]
+    bench.removals.clear()
+    apart = [(start + first * page, start + (first + 1) * page) for first in (9, 3, 4, 30)]
+    bench.handler.apply_removals([*apart, (start + 2 * page + 1, start + 4 * page - 1)])
+    assert bench.removals == [(3 * page, 2 * page), (9 * page, page), (30 * page, page)]
 
 
 def test_a_fault_outside_every_block_is_named(make: Callable[..., Bench]) -> None:

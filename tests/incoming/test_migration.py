@@ -14,6 +14,8 @@ from postcopyd.wire.return_path import Pong, Shut
 from tests.incoming.engine import DEVICE_STATE, Engine, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE
 
+pytestmark = pytest.mark.usefixtures("every_connection")
+
 MakeEngine = Callable[..., Engine]
 
 
@@ -247,6 +249,37 @@ async def test_a_balloon_that_never_rests_does_not_lose_a_page(make_engine: Make
     await engine.source.end()
     await engine.source.wait_for_shut()
     assert (await engine.guest.content())[: 400 * PAGE] == content[: 400 * PAGE]
+
+
+async def test_what_is_put_off_is_not_overwritten_whoever_says_go_on(
+    make_engine: MakeEngine,
+) -> None:
+    """What came before the switchover may all be placed just then, and says so."""
+    engine = make_engine(pages=64)
+    content = image(64)
+    await start(engine)
+    link = engine.migration._standing.link
+    assert link is not None
+    writer = engine.source.writer
+
+    def comes(pages: range) -> None:
+        offsets = range(pages.start * PAGE, pages.stop * PAGE, PAGE)
+        records = engine.source.pages("pc.ram", content, offsets)
+        engine.source.connection.send(writer.ram_part() + records + writer.ram_footer())
+        link.main.receive_waiting()
+
+    removal = engine.guest.remove(60)  # until its event is read, nothing can be placed
+    engine.guest.wait_for_event()
+    comes(range(1))
+    assert engine.migration.report().received == 0
+    for page in range(1, 16):
+        engine.migration._sourcing.resume()
+        comes(range(page, page + 1))
+    await engine.source.postcopy("pc.ram", content, range(16 * PAGE, 60 * PAGE, PAGE))
+    await engine.source.end()
+    await engine.source.wait_for_shut()
+    await asyncio.to_thread(removal.join, LIMIT)
+    assert (await engine.guest.content())[: 60 * PAGE] == content[: 60 * PAGE]
 
 
 async def test_threads_that_fault_while_the_background_streams_see_only_right_bytes(

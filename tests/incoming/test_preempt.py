@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from postcopyd.incoming import events
+from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
 from postcopyd.wire import stream_writer
-from postcopyd.wire.return_path import Shut
+from postcopyd.wire.return_path import ReceivedBitmap, Shut
 from postcopyd.wire.stream_format import EOS
-from tests.incoming.engine import Engine, image
+from tests.incoming.engine import Engine, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE
+
+pytestmark = pytest.mark.usefixtures("every_connection")
 
 MakeEngine = Callable[..., Engine]
 END = stream_writer.page_word(0, EOS)
@@ -26,8 +29,10 @@ class Channel:
     def __init__(self, engine: Engine) -> None:
         self.connection = engine.connect_again()
         self._writer = stream_writer.StreamWriter(0)
+        self.sent = 0
 
     async def send(self, *parts: bytes) -> None:
+        self.sent += sum(map(len, parts))
         async with asyncio.timeout(LIMIT):
             await asyncio.get_running_loop().sock_sendall(self.connection, b"".join(parts))
 
@@ -68,6 +73,13 @@ async def switch_over(engine: Engine) -> None:
     await engine.source.advise()
     await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
     await engine.reach(State.RUNNING)
+
+
+async def all_is_received(engine: Engine, *senders: Source | Channel) -> None:
+    """Return when nothing is on its way any more."""
+    async with asyncio.timeout(LIMIT):
+        while engine.migration.report().bytes_received < sum(it.sent for it in senders):
+            await asyncio.sleep(0)
 
 
 async def test_a_requested_page_comes_on_the_channel_and_the_others_on_the_stream(
@@ -137,6 +149,32 @@ async def test_a_channel_that_says_its_end_may_close_before_the_stream_ends(
     assert await engine.source.wait_for_shut() == Shut(0)
     assert engine.migration.report().received == 4 * PAGE
     assert engine.failures == []
+
+
+async def test_pages_and_the_end_of_the_channel_may_come_at_once_behind_the_stream(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    """No order is kept between the two connections, and this one may have been held up."""
+    engine = make_engine(pages=4)
+    content = image(4)
+    engine.attach()
+    channel = connect(engine)
+    await switch_over(engine)
+    touches = [engine.guest.touch(page) for page in (1, 3)]
+    for _ in touches:
+        await engine.source.wait_for_request()
+    await channel.pages(content, [0])
+    await engine.told(events.PreemptAttached)
+    await engine.source.postcopy("pc.ram", content, [2 * PAGE])
+    await engine.source.end()
+    await all_is_received(engine, engine.source, channel)
+    # A QEMU 7.2 names the block of each page that has followed one of the main stream.
+    named = [stream_writer.StreamWriter(0).page("pc.ram", page * PAGE) for page in (1, 3)]
+    await channel.send(named[0], content[PAGE : 2 * PAGE], named[1], content[3 * PAGE :], END)
+    assert await engine.source.wait_for_shut() == Shut(0)
+    for page, touch in zip((1, 3), touches, strict=True):
+        assert await asyncio.to_thread(touch.result) == content[page * PAGE : (page + 1) * PAGE]
+    assert engine.migration.report().never_sent == 0
 
 
 @pytest.mark.parametrize(
@@ -232,19 +270,140 @@ async def switch_over_without_running(engine: Engine) -> None:
     await engine.reach(State.LISTENING)
 
 
+async def test_the_channel_may_be_there_before_the_stream(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    """A QEMU makes both nearly at once, and a TLS handshake may overtake the other."""
+    engine = make_engine(pages=4)
+    content = image(4)
+    engine.migration.attach_vmm(engine.vmm)
+    channel = connect(engine)
+    engine.attach_stream()
+    await switch_over(engine)
+    touch = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+    await channel.pages(content, [3 * PAGE])
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE :]
+    await engine.source.postcopy("pc.ram", content, range(0, 3 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert engine.migration.report().peer == "the test"
+    assert engine.migration.report().preempt == "the test again"
+
+
+async def test_the_channel_may_be_there_before_the_stream_of_a_source_that_comes_back(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    content = image(4)
+    engine.attach()
+    await switch_over(engine)
+    engine.source.close()
+    await engine.reach(State.PAUSED)
+    channel = connect(engine)
+    source = Source(engine.connect_again(), engine.source.blocks)
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await source.wait_for(lambda message: isinstance(message, ReceivedBitmap))
+    await source.send(stream_writer.postcopy_resume())
+    touch = engine.guest.touch(3)
+    await source.wait_for_request()
+    await channel.pages(content, [3 * PAGE])
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE :]
+    await source.postcopy("pc.ram", content, range(0, 3 * PAGE, PAGE))
+    await source.end()
+    assert await source.wait_for_shut() == Shut(0)
+    assert [event for event in engine.events if isinstance(event, events.Paused)] == [
+        await engine.told(events.Paused)
+    ]
+
+
+async def test_what_was_asked_for_before_a_break_may_still_come_behind_the_end_of_the_stream(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    """A source keeps its queue of requests over a break, also those that no fault waits for."""
+    engine = make_engine(pages=16)
+    content = image(16)
+    engine.attach()
+    await switch_over(engine)
+    touches = []
+    for page in (9, 10):  # the second one is close to the first
+        touches.append(engine.guest.touch(page))
+        assert (await engine.source.wait_for_request()).offset == page * PAGE
+    asked_around = await engine.source.wait_for_request()
+    assert (asked_around.offset, asked_around.length) == (8 * PAGE, PAGE)
+    assert (await engine.source.wait_for_request()).offset == 11 * PAGE
+    engine.source.close()
+    await engine.reach(State.PAUSED)
+    source = Source(engine.connect_again(), engine.source.blocks)
+    channel = connect(engine)
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await source.wait_for(lambda message: isinstance(message, ReceivedBitmap))
+    await source.send(stream_writer.postcopy_resume())
+    asked = [await source.wait_for_request() for _ in range(4)]
+    assert [request.offset // PAGE for request in asked] == [9, 10, 8, 11]
+    assert (await engine.told(events.Resumed)).outstanding == 2
+    await channel.pages(content, [9 * PAGE])
+    await engine.told(events.PreemptAttached)
+    await source.postcopy(
+        "pc.ram", content, [page * PAGE for page in range(16) if page not in (8, 9)]
+    )
+    await source.end()
+    await all_is_received(engine, engine.source, source, channel)
+    assert engine.migration.state is State.RUNNING
+    await channel.pages(content, [8 * PAGE])
+    assert await source.wait_for_shut() == Shut(0)
+    assert engine.migration.report().never_sent == 0
+    for touch in touches:
+        await asyncio.to_thread(touch.result)
+
+
+async def test_who_says_nothing_keeps_no_source_out(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    engine.migration.attach_vmm(engine.vmm)
+    stranger = connect(engine)
+    engine.attach_stream()
+    await switch_over(engine)
+    stranger.connection.close()
+    await engine.source.postcopy("pc.ram", image(4), range(0, 4 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+
+
+async def test_a_source_that_waits_for_its_vmm_is_not_silent(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    engine.attach_stream()
+    await engine.source.advise()  # nobody reads it yet
+    stranger = connect(engine)
+    await stranger.send(b"QEVM")
+    assert await stranger.closed()
+    engine.migration.attach_vmm(engine.vmm)
+    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
+    await engine.reach(State.RUNNING)
+    await engine.source.postcopy("pc.ram", image(4), range(0, 4 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+
+
 @pytest.mark.parametrize("first_byte", [b"Q", b"\x08", b"\x11", b"\x16"])
 async def test_another_stream_is_refused_and_the_migration_does_not_mind(
     make_engine: MakeEngine, connect: Connect, first_byte: bytes
 ) -> None:
     engine = make_engine(pages=4)
     engine.attach()
+    await engine.source.advise()
+    await engine.source.wait_for_pong(1)
     stranger = connect(engine)
     await stranger.send(first_byte)
     assert await stranger.closed()
     refused = await engine.told(events.ConnectionRefused)
     assert refused.reason == "migration 'vm0' already has a source: the test"
     channel = connect(engine)
-    await switch_over(engine)
+    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
+    await engine.reach(State.RUNNING)
     content = image(4)
     await channel.pages(content, range(0, 4 * PAGE, PAGE))
     await engine.source.end()
@@ -269,6 +428,165 @@ async def test_silent_connections_keep_nobody_out_and_are_closed_in_the_end(
     engine.source.close()
     for connection in silent:
         assert await connection.closed()
+
+
+async def test_a_page_may_be_the_first_word_of_a_channel_and_come_behind_the_end(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    content = image(4)
+    engine.attach()
+    channel = connect(engine)
+    await switch_over(engine)
+    touch = engine.guest.touch(1)
+    request = await engine.source.wait_for_request()
+    assert request.offset == PAGE
+    await engine.source.postcopy("pc.ram", content, [0, 2 * PAGE, 3 * PAGE])
+    await engine.source.end()
+    await all_is_received(engine, engine.source, channel)
+    await channel.pages(content, [PAGE])
+    assert await asyncio.to_thread(touch.result) == content[PAGE : 2 * PAGE]
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert engine.migration.report().never_sent == 0
+
+
+async def test_who_stays_silent_does_not_hold_up_the_end_when_all_is_here(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(Settings(break_after=3600), pages=4)
+    engine.attach()
+    silent = connect(engine)
+    await switch_over(engine)
+    touch = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+    await engine.source.postcopy("pc.ram", image(4), range(0, 4 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await asyncio.to_thread(touch.result) == image(4)[3 * PAGE :]
+    engine.source.close()
+    assert await silent.closed()
+
+
+async def test_what_who_stays_silent_may_have_is_asked_for_again_and_not_taken_for_zeros(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(Settings(break_after=2), pages=4)
+    content = image(4)
+    engine.attach()
+    silent = connect(engine)
+    await switch_over(engine)
+    await engine.source.postcopy("pc.ram", content, range(0, 3 * PAGE, PAGE))
+    touch = engine.guest.touch(3)  # it may be on its way on the other connection
+    await engine.source.wait_for_request()
+    await engine.source.end()
+    await engine.reach(State.PAUSED)
+    assert engine.migration.failure == (
+        "a connection that may have been the preempt channel has said nothing for 2 s after the "
+        "end of the stream while pages are waited for"
+    )
+    assert await silent.closed()
+    await come_back_with_everything(engine, content)
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE :]
+    assert engine.migration.report().never_sent == 0
+
+
+async def test_a_stranger_that_stays_silent_again_does_not_keep_a_source_that_answers_paused(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(Settings(break_after=2), pages=4)
+    content = image(4)
+    engine.attach()
+    connect(engine)
+    await switch_over(engine)
+    touch = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+    await engine.source.end()
+    await engine.reach(State.PAUSED)
+    source = Source(engine.connect_again(), engine.source.blocks)
+    connect(engine)
+    await bring_everything(source, content)
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE :]
+
+
+async def test_a_stranger_says_nothing_of_a_preempt_channel_that_has_ended(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(Settings(break_after=3600), pages=4)
+    engine.attach()
+    channel = connect(engine)
+    silent = connect(engine)
+    await switch_over(engine)
+    await engine.source.postcopy("pc.ram", image(4), range(0, 3 * PAGE, PAGE))
+    touch = engine.guest.touch(3)  # which the source never sends: it is zero there
+    await engine.source.wait_for_request()
+    await channel.send(END)
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await asyncio.to_thread(touch.result) == bytes(PAGE)
+    engine.source.close()
+    assert await silent.closed()
+
+
+async def test_a_page_that_was_lost_with_a_channel_that_had_said_nothing_is_not_taken_for_zeros(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    content = image(4)
+    engine.attach()
+    silent = connect(engine)
+    await switch_over(engine)
+    touch = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+    silent.connection.close()  # with the page, if it broke on its way
+    await engine.reach(State.PAUSED)
+    assert "may have been the preempt channel has gone" in (engine.migration.failure or "")
+    await come_back_with_everything(engine, content)
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE :]
+
+
+async def come_back_with_everything(engine: Engine, content: bytes) -> None:
+    await bring_everything(Source(engine.connect_again(), engine.source.blocks), content)
+
+
+async def bring_everything(source: Source, content: bytes) -> None:
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await source.wait_for(lambda message: isinstance(message, ReceivedBitmap))
+    await source.send(stream_writer.postcopy_resume())
+    await source.postcopy("pc.ram", content, range(0, len(content), PAGE))
+    await source.end()
+    assert await source.wait_for_shut() == Shut(0)
+
+
+async def test_a_page_that_was_lost_so_and_asked_for_later_is_not_taken_for_zeros(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    content = image(4)
+    engine.attach()
+    silent = connect(engine)
+    await switch_over(engine)
+    silent.connection.close()
+    await engine.source.postcopy("pc.ram", content, [0])
+    touch = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+    await engine.source.postcopy("pc.ram", content, [PAGE, 2 * PAGE])
+    await engine.source.end()
+    await engine.reach(State.PAUSED)
+    await come_back_with_everything(engine, content)
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE :]
+
+
+async def test_who_leaves_without_a_word_does_not_matter_when_all_is_here(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(pages=4)
+    engine.attach()
+    silent = connect(engine)
+    await switch_over(engine)
+    silent.connection.close()
+    await engine.source.postcopy("pc.ram", image(4), range(0, 4 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
 
 
 async def test_a_channel_without_its_stream_is_named(make_engine: MakeEngine) -> None:
@@ -300,6 +618,27 @@ async def test_each_channel_may_be_in_the_middle_of_a_huge_page(
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)
     assert engine.migration.report().received == 2 * HUGE
+
+
+async def test_a_channel_that_ends_in_the_middle_of_a_huge_page_has_lost_the_rest_of_it(
+    make_engine: MakeEngine, connect: Connect, huge_pages: Callable[[int], None]
+) -> None:
+    huge_pages(2)
+    engine = make_engine(pages=2, page_size=HUGE)
+    content = image(2, HUGE)
+    engine.attach()
+    channel = connect(engine)
+    await switch_over(engine)
+    touch = engine.guest.touch(1)
+    await engine.source.wait_for_request()
+    await engine.source.postcopy("pc.ram", content, range(0, HUGE, PAGE))
+    await engine.source.end()
+    await channel.pages(content, range(HUGE, HUGE + HUGE // 2, PAGE))
+    await channel.send(END)
+    await engine.reach(State.PAUSED)
+    assert engine.migration.failure == "the preempt channel ends in the middle of a host page"
+    await come_back_with_everything(engine, content)
+    assert await asyncio.to_thread(touch.result) == content[HUGE : HUGE + PAGE]
 
 
 async def test_a_channel_from_another_host_is_refused(make_engine: MakeEngine) -> None:

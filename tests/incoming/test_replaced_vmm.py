@@ -11,9 +11,10 @@ from postcopyd.incoming import events
 from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.states import State
 from postcopyd.incoming.vmm import FedBlock
-from postcopyd.wire.return_path import PageRequest, Pong, Shut
-from tests.incoming.engine import MACHINE, Engine, InProcessVmm, image
-from tests.incoming.guest import HUGE, PAGE, Guest
+from postcopyd.wire import stream_writer
+from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
+from tests.incoming.engine import MACHINE, Engine, InProcessVmm, Source, image
+from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
 
 MakeEngine = Callable[..., Engine]
 MakeGuest = Callable[..., Guest]
@@ -121,6 +122,43 @@ async def test_huge_pages_are_moved_over_whole(
     await engine.source.postcopy("pc.ram", content, range(3 * HUGE + HUGE // 2, 4 * HUGE, PAGE))
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
+async def test_a_page_that_was_lost_silently_while_there_was_no_vmm_is_asked_for_again(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    engine.attach()
+    silent = engine.connect_again()
+    engine.vmm.may_load.clear()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, len(content))]})
+    await engine.source.wait_for_pong(4)
+    await engine.reach(State.LISTENING)
+    touch = engine.guest.touch(15)
+    await engine.source.wait_for_request()
+    await engine.source.postcopy("pc.ram", content, range(0, 15 * PAGE, PAGE))
+    await engine.source.end()
+    async with asyncio.timeout(LIMIT):
+        while engine.migration.report().bytes_received < engine.source.sent:
+            await asyncio.sleep(0)
+    await refuse_to_load(engine)
+    engine.guest.userfaultfd.zeropage(engine.guest.address + 15 * PAGE, PAGE)
+    await asyncio.to_thread(touch.result)
+    silent.close()
+    vmm = InProcessVmm(make_guest(pages=16))
+    engine.migration.attach_vmm(vmm)
+    paused = await engine.told(events.Paused)
+    assert "may have been the preempt channel has gone" in paused.reason
+    source = Source(engine.connect_again(), engine.source.blocks)
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await source.wait_for(lambda message: isinstance(message, ReceivedBitmap))
+    await source.send(stream_writer.postcopy_resume())
+    await source.postcopy("pc.ram", content, [15 * PAGE])
+    await source.end()
+    assert await source.wait_for_shut() == Shut(0)
     assert await vmm.guest.content() == content
 
 

@@ -34,8 +34,9 @@ class Bench:
             huge = page_size if page_size != PAGE else None
             self.file = memory_file.create("guest", self.block.length, huge, sealable)
         handed = HandedBlock("pc.ram", page_size, self.block.length, page_size, self.file, 0)
+        staging = None if shared else memory_file.create("staging", self.block.length)
         try:
-            self.stage = BlockStage(self.block, handed, self.maps)
+            self.stage = BlockStage(self.block, handed, self.maps, staging)
         except OSError:
             self.page_map.close()
             if self.file is not None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
+import uvloop
 
 from postcopyd.incoming.stream import StreamConnection
+from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import Message, Pages
 from postcopyd.wire.stream_reader import StreamReader
 from postcopyd.wire.stream_writer import StreamWriter
@@ -29,14 +32,23 @@ def connection_over(ours: socket.socket, fault_window: int) -> StreamConnection:
     )
 
 
+TcpPair: TypeAlias = tuple[socket.socket, socket.socket]
+
+
 @pytest.fixture
-def tcp() -> Iterator[socket.socket]:
+def tcp_pair() -> Iterator[TcpPair]:
+    """Our end, and the source's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         source = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
-    yield ours
+    yield ours, source
     ours.close()
     source.close()
+
+
+@pytest.fixture
+def tcp(tcp_pair: TcpPair) -> socket.socket:
+    return tcp_pair[0]
 
 
 def buffer_of(connection: socket.socket) -> int:
@@ -90,7 +102,13 @@ class Recording(socket.socket):
 class Delivered:
     """What a connection has delivered, and the looks at the faults and the turns in between."""
 
-    def __init__(self, ours: socket.socket, *, urgent: bool = False) -> None:
+    def __init__(
+        self,
+        ours: socket.socket,
+        *,
+        urgent: bool = False,
+        lost: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
         self.log: list[int | str] = []
         """Numbers of pages; "look"; "turn"."""
         self.pages = 0
@@ -102,7 +120,7 @@ class Delivered:
             StreamReader(),
             deliver=self._deliver,
             faults_first=lambda: self.log.append("look"),
-            lost=lambda error: None,
+            lost=lost,
             fault_window=1 << 20,
             urgent=urgent,
         )
@@ -230,3 +248,27 @@ async def test_a_unix_stream_has_nothing_to_acknowledge() -> None:
         await send(source, neighbours(4))
         await delivered.until(4)
     assert not ours.told
+
+
+@pytest.mark.parametrize("pages", [1, 2000], ids=["little is there", "more than a turn is there"])
+def test_a_reset_behind_what_is_there_is_noticed(tcp_pair: TcpPair, pages: int) -> None:
+    """libuv reports a reset once: together with the bytes before it, if they are there by then."""
+    uvloop.run(notice_a_reset(*tcp_pair, pages))
+
+
+async def notice_a_reset(ours: socket.socket, source: socket.socket, pages: int) -> None:
+    lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+    delivered = Delivered(ours, lost=lost.set_result)
+    delivered.stream.resume()
+    data = neighbours(100 + pages)
+    rest = pages * (PAGE + 8)
+    await send(source, data[:-rest])
+    async with asyncio.timeout(LIMIT):
+        while delivered.pages < 100:
+            await asyncio.sleep(0)
+    source.send(data[-rest:])  # and the event loop does not look meanwhile
+    source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    source.close()
+    async with asyncio.timeout(LIMIT):
+        assert isinstance(await lost, OSError | ProtocolError)
+    delivered.stream.close()

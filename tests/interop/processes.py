@@ -59,8 +59,10 @@ async def running_daemon(directory: Path) -> AsyncIterator[Daemon]:
             stdout=output,
             stderr=output,
         )
+        listening = None
         try:
             await _ready(process, notified, log)
+            listening = asyncio.create_task(_go_on_listening(notified))
             connector = aiohttp.UnixConnector(str(directory / "control.sock"))
             async with aiohttp.ClientSession("http://postcopyd", connector=connector) as control:
                 yield Daemon(directory / "handoff.sock", control, log)
@@ -70,6 +72,15 @@ async def running_daemon(directory: Path) -> AsyncIterator[Daemon]:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+            if listening is not None:
+                listening.cancel()
+                await asyncio.wait((listening,))
+
+
+async def _go_on_listening(notified: socket.socket) -> None:
+    """Take what the daemon tells, as a service manager does; what it is to keep is dropped."""
+    while True:
+        await asyncio.get_running_loop().sock_recv(notified, 4096)
 
 
 async def _ready(process: asyncio.subprocess.Process, notified: socket.socket, log: Path) -> None:
@@ -140,3 +151,14 @@ async def running_vmm(
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+
+def thread_states(pid: int) -> str:
+    """What each thread of a process is doing: its name, its state and where it waits."""
+    told = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            name = (task / "comm").read_text().strip()
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            told.append(f"{name} {state} {(task / 'wchan').read_text()}")
+    return ", ".join(told) or "gone"

@@ -17,15 +17,19 @@ from typing import Any, Final, TypeVar, cast
 
 from qemu.qmp import EventListener, Message, QMPClient
 
+from postcopyd.kernel.procfs import open_descriptors
 from tests.interop import heartbeat, qemu_versions
 from tests.interop.heartbeat import Heartbeat, HeartbeatMonitor
 from tests.interop.linux_guest import DEBUG_CONSOLE
+from tests.interop.processes import thread_states
 from tests.interop.qemu_machine import Machine
 
 T = TypeVar("T")
 
 DEADLINE: Final = 30.0
 """Seconds for any one thing that QEMU is waited for."""
+_OPERATOR_WAITS: Final = 1.0
+"""Seconds before a source is told to resume."""
 
 PRECOPY_BANDWIDTH: Final = 128 << 20
 """Bytes a second; more than 20 MiB go in the first round."""
@@ -52,6 +56,8 @@ class Qemu:
     """What the checker of the Linux guest tells; nothing with the other guest."""
     _events: EventListener
     _past_events: list[Message] = field(default_factory=list)
+    _sockets_before: int = 0
+    _pauses: int = 0
 
     @property
     def pid(self) -> int:
@@ -84,7 +90,7 @@ class Qemu:
                 f"not within {DEADLINE:.0f} s: {what}; {self.name}'s migration states"
                 f" {self.statuses}; QEMU printed: {self.stderr() or 'nothing'}; the guest printed:"
                 f" {self.console()[-2000:] or 'nothing'}; its checker:"
-                f" {self.heartbeat.last_lines()}"
+                f" {self.heartbeat.last_lines()}; its threads: {thread_states(self.pid)}"
             ) from None
 
     def stderr(self) -> str:
@@ -166,7 +172,17 @@ class Qemu:
             max_bandwidth=bandwidth,
             max_postcopy_bandwidth=postcopy_bandwidth,
         )
+        self._sockets_before = self._sockets()
         await self.execute("migrate", uri=uri)
+
+    async def resume(self, uri: str) -> None:
+        """Go on with a post-copy migration whose connection broke, as an operator does.
+
+        After a while: nothing tells when a QEMU is ready, and on a busy machine a 7.2 is not when
+        its sockets are closed (docs/reliability.md).
+        """
+        await asyncio.sleep(_OPERATOR_WAITS)
+        await self.execute("migrate", uri=uri, resume=True)
 
     async def start_postcopy(self) -> None:
         """Have the source switch over as soon as it can."""
@@ -182,6 +198,37 @@ class Qemu:
         while not (reached := [status for status in self.statuses if status in wanted]):
             await self._next_event(f"migration status {' or '.join(wanted)}")
         return reached[0]
+
+    async def paused(self) -> None:
+        """Return when the migration is paused once more, and QEMU's connection is closed.
+
+        It says that it has paused before its return path has. A 7.2 that is told to resume in
+        between closes the new connection with the old one, and recovers for ever.
+        """
+        assert await self.paused_unless_completed()
+
+    async def paused_unless_completed(self) -> bool:
+        """As `paused`, but False when the migration has completed instead.
+
+        A source that has nothing urgent to send any more does not notice that its preempt channel
+        is broken.
+        """
+        self._pauses += 1
+        while self.statuses.count("postcopy-paused") < self._pauses:
+            if "completed" in self.statuses:
+                return False
+            await self._next_event(f"migration paused {self._pauses} times")
+        await self.within_deadline(self._until_disconnected(), "the connection is closed")
+        return True
+
+    async def _until_disconnected(self) -> None:
+        while self._sockets() > self._sockets_before:
+            await asyncio.sleep(0.001)
+
+    def _sockets(self) -> int:
+        """How many sockets the process has."""
+        descriptors = open_descriptors(self.pid)
+        return sum(descriptor.target.startswith("socket:") for descriptor in descriptors)
 
     async def migration(self) -> dict[str, Any]:
         """What query-migrate tells: status, downtime and total time in ms, figures of the RAM."""
@@ -231,26 +278,38 @@ async def running_qemu(
 
 @contextlib.asynccontextmanager
 async def waiting_qemu(
-    directory: Path, machine: Machine, *, name: str = "destination"
+    directory: Path,
+    machine: Machine,
+    *,
+    name: str = "destination",
+    beside: tuple[str, ...] = (),
 ) -> AsyncIterator[Qemu]:
     """Start a destination that waits to be told where its state comes from; end it at the end.
 
     Of the capabilities only the events are on.
+
+    :param beside: a command that starts another one elsewhere, as a child of its own.
     """
-    async with _started(directory, machine, name, "-incoming", "defer") as qemu:
+    async with _started(directory, machine, name, "-incoming", "defer", beside=beside) as qemu:
         await qemu.set_capabilities("events")
         yield qemu
 
 
 @contextlib.asynccontextmanager
 async def _started(
-    directory: Path, machine: Machine, name: str, *arguments: str
+    directory: Path, machine: Machine, name: str, *arguments: str, beside: tuple[str, ...] = ()
 ) -> AsyncIterator[Qemu]:
     program = qemu_versions.PROGRAMS[machine.version]
     assert qemu_versions.works(machine.version), f"no QEMU {machine.version}: `make test` gets it"
     monitor, qemus_monitor = socket.socketpair()
     console, qemus_console = socket.socketpair()
-    command = [program.path, *program.arguments, "-name", name, *machine.arguments(directory)]
+    command = [
+        program.path,
+        *program.arguments,
+        "-name",
+        f"{name},debug-threads=on",
+        *machine.arguments(directory),
+    ]
     command += ["-chardev", f"socket,id=qmp,fd={qemus_monitor.fileno()}"]
     command += ["-mon", "qmp,mode=control"]
     command += ["-chardev", f"socket,id=qmp2,path={qmp_path(directory, name)},server=on,wait=off"]
@@ -262,6 +321,7 @@ async def _started(
         process = await asyncio.create_subprocess_exec(
             # A test run that is killed takes its QEMUs along.
             *("setpriv", "--pdeathsig", "KILL", "--"),
+            *beside,
             *command,
             env=os.environ | program.environment,
             stdin=asyncio.subprocess.DEVNULL,

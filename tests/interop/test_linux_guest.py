@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.linux_guest import LinuxGuest
+from tests.interop.lost_writes import again_after_a_lost_write
 from tests.interop.qemu import Qemu, running_qemu, waiting_qemu
 from tests.interop.qemu_machine import Backend, Machine
 from tests.interop.qemu_versions import COMMON_MACHINE, QemuVersion
@@ -38,6 +39,7 @@ async def source_and_destination(
 
 @pytest.mark.parametrize("rounds", [0, 3], ids=["at once", "after 3 pre-copy rounds"])
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_no_page_is_bad_after_native_post_copy(
     tmp_path: Path, version: QemuVersion, rounds: int
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.daemon.daemon_process import RunningDaemon
 from tests.interop.guest_program import firmware_machine
 from tests.interop.linux_guest import LinuxGuest
+from tests.interop.lost_writes import again_after_a_lost_write
 from tests.interop.moving import MEMORY, VERSIONS, check_moved, linux, move, receiving
 from tests.interop.qemu import running_qemu, waiting_qemu
 from tests.interop.qemu_machine import Accelerator, Backend, Machine, accelerators
@@ -25,6 +26,7 @@ WITHOUT_LIMIT: Final = 0
 @pytest.mark.parametrize("rounds", [0, 3], ids=["at once", "after 3 rounds"])
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_a_guest_moves_and_no_page_is_bad(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion, preempt: bool, rounds: int
 ) -> None:
@@ -59,6 +61,7 @@ async def test_four_processors_are_told_apart(
     assert names[:4] == [f"vcpu{number}" for number in range(4)]
 
 
+@again_after_a_lost_write
 async def test_a_guest_moves_to_a_newer_qemu(daemon: RunningDaemon, tmp_path: Path) -> None:
     machine = linux("7.2", type=COMMON_MACHINE)
     async with (
@@ -72,6 +75,7 @@ async def test_a_guest_moves_to_a_newer_qemu(daemon: RunningDaemon, tmp_path: Pa
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("backend", ["anonymous", "hugetlb"])
+@again_after_a_lost_write
 async def test_any_kind_of_memory_is_filled(
     daemon: RunningDaemon,
     tmp_path: Path,
@@ -91,6 +95,7 @@ async def test_any_kind_of_memory_is_filled(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_video_memory_comes_with_the_devices(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion
 ) -> None:
@@ -119,6 +124,7 @@ async def test_a_guest_with_free_memory_costs_little(daemon: RunningDaemon, tmp_
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_a_guest_moves_twice_in_a_row(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion
 ) -> None:
@@ -169,6 +175,7 @@ async def test_a_pre_copy_that_converges_completes(
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("accelerator", accelerators())
+@again_after_a_lost_write
 async def test_a_boot_sector_guest_moves(
     daemon: RunningDaemon,
     tmp_path: Path,

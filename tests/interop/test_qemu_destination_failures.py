@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.daemon.daemon_process import RunningDaemon
+from tests.interop.lost_writes import again_after_a_lost_write
 from tests.interop.moving import VERSIONS, check_moved, linux, move, receiving, userfaultfds
 from tests.interop.qemu import Qemu, running_qemu, waiting_qemu
 from tests.interop.qemu_machine import Backend, Machine
@@ -53,6 +54,7 @@ async def retry(daemon: RunningDaemon, source: Qemu, destination: Qemu) -> dict[
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_a_destination_killed_before_the_package_leaves_the_guest_to_the_source(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion
 ) -> None:
@@ -71,6 +73,7 @@ async def test_a_destination_killed_before_the_package_leaves_the_guest_to_the_s
 
 @pytest.mark.parametrize("backend", ["memfd", "anonymous"])
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_a_destination_killed_while_it_loads_is_replaced_by_another(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion, backend: Backend
 ) -> None:
@@ -119,6 +122,7 @@ async def test_a_destination_killed_after_it_runs_is_reported_and_the_daemon_sta
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_a_package_cut_short_loses_the_guest_and_says_so(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion
 ) -> None:
@@ -209,6 +213,7 @@ async def test_pages_of_another_size_are_told_before_anything_is_lost(
 
 @pytest.mark.parametrize("backend", ["memfd", "anonymous"])
 @pytest.mark.parametrize("version", VERSIONS)
+@again_after_a_lost_write
 async def test_a_missing_device_is_rejected_and_a_destination_that_has_it_takes_the_guest(
     daemon: RunningDaemon, tmp_path: Path, version: QemuVersion, backend: Backend
 ) -> None:
@@ -231,6 +236,7 @@ async def test_a_missing_device_is_rejected_and_a_destination_that_has_it_takes_
             await check_moved(source, destination)
 
 
+@again_after_a_lost_write
 async def test_a_second_stream_for_the_same_vm_is_refused_and_the_first_goes_on(
     daemon: RunningDaemon, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from postcopyd.kernel.memory import Mapping
 from postcopyd.kernel.userfaultfd import Feature, Operation, RegisterMode, Userfaultfd
 
 libc = ctypes.CDLL(None)
-mapping = Mapping.anonymous(int(sys.argv[1]))
+mapping = Mapping.anonymous(int(sys.argv[1]), reserve=False)
 userfaultfd = Userfaultfd.open()
 userfaultfd.handshake(Feature(int(sys.argv[2])))
 userfaultfd.register(mapping.address, mapping.length, RegisterMode.MISSING, Operation.COPY)

@@ -26,6 +26,7 @@ class Sender:
     def __init__(self, image: MemoryImage, rate: int | None = None) -> None:
         self.now = 0.0
         self.crowded = False
+        self.may_end = True
         self.counts = Counts()
         self.schedule = SendSchedule(
             [bitarray("1" * block.pages) for block in image.blocks],
@@ -39,6 +40,7 @@ class Sender:
             lambda: self.now,
             self.counts,
             lambda: self.crowded,
+            lambda: self.may_end,
         )
         self.batches: Iterator[Batch | Pause] = self.pages.batches()
 
@@ -125,6 +127,20 @@ def test_the_end_is_a_section_of_its_own_and_the_end_of_the_stream(make_block: M
     end = bytes.fromhex("03 00000002 0000000000000010 7e 00000002 00")
     assert b"".join(sent) == part(record(0, b"", named=True), record(1, b"")) + end
     assert sender.counts.zero_pages == 2
+
+
+def test_the_end_waits_for_leave_and_leaves_no_section_open(make_block: MakeBlock) -> None:
+    with MemoryImage([make_block("ram", bytes(2 * PAGE))]) as image:
+        sender = Sender(image)
+        sender.may_end = False
+        sent = sender.next() + sender.next()
+        assert sender.pause() > 0
+        assert not sender.pages.ended
+        sender.may_end = True
+        end = sender.next()
+    assert sent == part(record(0, b"", named=True), record(1, b""))
+    assert end == bytes.fromhex("03 00000002 0000000000000010 7e 00000002 00")
+    assert sender.pages.ended
 
 
 def test_no_request_comes_between_the_pages_of_a_huge_page(make_block: MakeBlock) -> None:

@@ -178,6 +178,22 @@ async def test_pongs_and_a_switchover_ack_are_taken_at_any_time(make_block: Make
         await receiving
 
 
+async def test_nothing_of_the_guest_goes_to_who_has_not_answered(make_block: MakeBlock) -> None:
+    stopped: list[str] = []
+
+    async def stop_guest() -> None:
+        stopped.append("stopped")
+
+    near, far = tcp_pair()
+    with far, MemoryImage([make_block("ram", b"\1" * PAGE)]) as image:
+        migration = OutgoingMigration(image, b"", Settings(break_after=1), stop_guest=stop_guest)
+        with pytest.raises(MigrationFailed, match="said nothing for 1 s") as failed:
+            await migration.run(near)
+        assert b"\1" * PAGE not in far.recv(1 << 20)
+    assert not failed.value.after_package
+    assert not stopped
+
+
 async def test_a_guest_that_cannot_be_stopped_ends_it_with_that_error(
     make_block: MakeBlock,
 ) -> None:
@@ -187,8 +203,9 @@ async def test_a_guest_that_cannot_be_stopped_ends_it_with_that_error(
     near, far = tcp_pair()
     with far, MemoryImage([make_block("ram", b"\1" * PAGE)]) as image:
         migration = OutgoingMigration(image, stop_guest=stop_guest)
+        running = asyncio.ensure_future(migration.run(near))
         with pytest.raises(TimeoutError, match="the guest does not stop"):
-            await migration.run(near)
+            await asyncio.gather(Destination(far).receive_until(running.done), running)
     assert migration.report().phase is Phase.FAILED
     assert near.fileno() == -1
 

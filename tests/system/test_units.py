@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopyd.cli.postcopyd import TO_BE_STARTED_AGAIN
 from postcopyd.daemon.config import Configuration
 from tests.support import ROOT
 
@@ -76,6 +77,10 @@ def test_the_socket_unit_has_the_paths_of_the_default_configuration() -> None:
         ("CapabilityBoundingSet", ""),
         ("NoNewPrivileges", "yes"),
         ("RuntimeDirectoryPreserve", "yes"),
+        ("RestartKillSignal", "SIGUSR1"),
+        ("Restart", "on-failure"),
+        ("RestartForceExitStatus", str(TO_BE_STARTED_AGAIN)),
+        ("SuccessExitStatus", str(TO_BE_STARTED_AGAIN)),
     ],
 )
 def test_the_service_has_what_the_daemon_relies_on(setting: str, value: str) -> None:
@@ -88,7 +93,8 @@ def test_the_service_may_keep_and_use_the_descriptors_of_every_migration() -> No
     assert int(service["LimitNOFILE"]) >= limits.descriptors
     assert int(service["FileDescriptorStoreMax"]) >= 16 * limits.migrations
     assert "userfaultfd" in service["SystemCallFilter"].split()
-    assert {"AF_UNIX", "AF_INET", "AF_INET6"} <= set(service["RestrictAddressFamilies"].split())
+    families = set(service["RestrictAddressFamilies"].split())
+    assert families == {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"}
 
 
 def test_the_user_of_the_units_is_the_one_that_sysusers_makes() -> None:

@@ -50,7 +50,7 @@ async def whole_migration(handoffs: Handoffs, child: Child) -> dict[str, object]
     assert wrong_pages == []
     source.place_everything()
     source.finish()
-    await vmm.complete()
+    await vmm.complete(0)
     done = await child.said()
     assert done["completed"]
     assert done["balloon"] == (True, False)

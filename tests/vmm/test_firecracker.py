@@ -99,7 +99,7 @@ async def test_a_whole_vmm_runs_on_memory_that_is_served(
         await vmm.run(DeviceLoad(b"", b"", (), asyncio.Event()))
         assert await said(pipe) == []
         assert source.faults >= sum(LENGTHS) // PAGE
-        await vmm.complete()
+        await vmm.complete(0)
         source.stop()
 
 

@@ -101,8 +101,8 @@ async def test_running_leaves_no_descriptor_open(pair: Pair) -> None:
 
 async def test_listening_and_completion_are_told(pair: Pair) -> None:
     pair.vmm.listening()
-    await pair.vmm.complete()
-    await pair.vmm.complete()
+    await pair.vmm.complete(0)
+    await pair.vmm.complete(0)
     await pair.vmm.failed("too late to fail")
     pair.vmm.close()
     lines = [await pair.peer.line() for _ in range(4)]

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postcopyd.wire.stream_reader import ResumeState, StreamReader
+from tests.fuzz.targets import TARGETS, check
 from tests.wire.streams import BLOCKS, PAGE, SECTION_ID, head, put, receive, until_pages
 
 FRONTS = {
@@ -61,12 +63,19 @@ def test_any_bytes_are_read_or_refused_with_the_protocol_error(
         assert outcome.error.position <= len(stream)
 
 
-@pytest.mark.parametrize("target", ["stream", "preempt", "return-path"])
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=50, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_what_is_nearly_right_is_accepted_or_refused(target: str, numbers: Random) -> None:
+    check(target, TARGETS[target].hostile(numbers))
+
+
+@pytest.mark.parametrize("target", ["stream", "return-path", "handoff"])
 def test_a_short_coverage_guided_run_finds_nothing(target: str, tmp_path: Path) -> None:
-    seconds = 4
+    seconds = 2
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.fuzz.fuzz_stream", target),
+            *(sys.executable, "-m", "tests.fuzz", target),
             *("--seconds", str(seconds), "--artifacts", str(tmp_path)),
         ],
         cwd=Path(__file__).parents[2],

@@ -1,0 +1,72 @@
+"""What the supervisor holds, and in which order it tells the service manager."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from postcopyd.daemon.holding import Holding
+from postcopyd.daemon.notify import ServiceManager
+
+
+class Recorder(ServiceManager):
+    """Writes down what it is told to keep and to drop."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.changes: list[str] = []
+
+    def store(self, name: str, descriptor: int) -> None:
+        self.changes.append(f"+{name}")
+
+    def unstore(self, name: str) -> None:
+        self.changes.append(f"-{name}")
+
+
+@pytest.fixture
+def manager() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def holding(manager: Recorder, assert_nothing_left: None) -> Iterator[Holding]:
+    holding = Holding(manager)
+    yield holding
+    holding.close()
+
+
+def a_descriptor() -> int:
+    return os.open("/dev/null", os.O_RDONLY)
+
+
+def test_what_takes_anothers_place_is_kept_before_that_is_dropped(
+    holding: Holding, manager: Recorder
+) -> None:
+    for _ in range(3):
+        holding.hold("vm0", "listener", a_descriptor())
+    holding.release("vm0", "listener")
+    assert manager.changes == [
+        *("+vm0/listener", "+vm0/listener#2", "-vm0/listener"),
+        *("+vm0/listener#3", "-vm0/listener#2", "-vm0/listener#3"),
+    ]
+
+
+@pytest.mark.parametrize("names", [("vm0/a", "vm0/a#2"), ("vm0/a#2", "vm0/a")])
+def test_of_two_that_a_killed_predecessor_has_left_the_newer_one_counts(
+    holding: Holding, manager: Recorder, names: tuple[str, str]
+) -> None:
+    stored = {name: a_descriptor() for name in names}
+    holding.take_over(dict(stored))
+    assert list(holding) == [("vm0", "a", stored["vm0/a#2"])]
+    holding.forget("vm0")
+    assert manager.changes == ["-vm0/a", "-vm0/a#2"]
+
+
+def test_what_the_manager_hands_over_at_every_start_it_need_not_drop(
+    holding: Holding, manager: Recorder
+) -> None:
+    holding.hold_until_the_end("", "control", a_descriptor())
+    holding.release("", "control")
+    assert manager.changes == []

@@ -1,0 +1,46 @@
+"""The worker's end of the channel to the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from postcopyd.daemon import channel, supervisor_link
+from postcopyd.daemon.channel import Channel
+from postcopyd.daemon.supervisor_link import Orders, SupervisorLink
+from tests.support import LIMIT
+
+
+def _no_orders() -> Orders:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    return Orders(never, never, never, never, never, never)
+
+
+async def test_what_is_left_is_settled_when_the_supervisor_says_so() -> None:
+    ours, theirs = Channel.pair()
+    link, supervisor = SupervisorLink(Channel(ours), makes_room=False), Channel(theirs)
+    link.start(_no_orders())
+    settling = asyncio.create_task(link.settled())
+    async with asyncio.timeout(LIMIT):
+        while channel.Settle() not in [message for message, _ in supervisor.received()]:
+            assert not settling.done()
+            await asyncio.sleep(0)
+        supervisor.send(channel.Settled())
+        await settling
+    link.close()
+    supervisor.close()
+
+
+async def test_a_service_manager_that_takes_nothing_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = Channel.pair()
+    link = SupervisorLink(Channel(ours), makes_room=False)
+    monkeypatch.setattr(supervisor_link, "_PATIENCE", 0.05)
+    async with asyncio.timeout(LIMIT):
+        await link.settled()
+    link.close()
+    theirs.close()

@@ -1,0 +1,228 @@
+"""What the kernel answers when a VMM does to its memory what it likes, in whole migrations.
+
+The VMM is a process of its own. docs/reliability.md has a table of all of these answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from postcopyd.incoming.states import State
+from postcopyd.wire.return_path import PageRequest
+from tests.incoming.engine import Engine, image
+from tests.incoming.guest import LIMIT, PAGE
+from tests.torture.guest_memory import GuestElsewhere, engine_for
+
+HUGE_PAGES = 2 << 20
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
+MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")
+
+MakeMigration = Callable[[int], tuple[GuestElsewhere, Engine]]
+
+
+@pytest.fixture
+async def migration() -> AsyncIterator[MakeMigration]:
+    """Make migrations into processes of their own."""
+    made: list[Engine] = []
+
+    def make(pages: int) -> tuple[GuestElsewhere, Engine]:
+        guest = GuestElsewhere(pages)
+        made.append(engine_for(guest))
+        return guest, made[-1]
+
+    yield make
+    for engine in made:
+        await engine.close()
+
+
+async def runs(engine: Engine, length: int) -> None:
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, length)]})
+    await engine.reach(State.RUNNING)
+
+
+async def ends_well(engine: Engine) -> None:
+    await engine.source.end()
+    assert (await engine.source.wait_for_shut()).status == 0
+    engine.source.close()
+    await engine.finish()
+    assert engine.migration.state is State.END
+
+
+async def test_a_vmm_that_forks_while_it_is_filled_gets_all_its_pages(
+    migration: MakeMigration,
+) -> None:
+    guest, engine = migration(256)
+    content = image(256)
+    await runs(engine, guest.length)
+    forks = asyncio.ensure_future(
+        guest.ask(
+            "[(lambda child: os._exit(0) if not child else os.waitpid(child, 0))(os.fork())"
+            " for _ in range(20)] and 1"
+        )
+    )
+    for first in range(0, guest.length, 8 * PAGE):
+        await engine.source.postcopy("pc.ram", content, range(first, first + 8 * PAGE, PAGE))
+    assert await forks == "1"
+    await ends_well(engine)
+    assert await guest.content() == content
+
+
+async def test_memory_that_moves_away_while_it_is_filled_is_dropped_and_the_rest_is_right(
+    migration: MakeMigration,
+) -> None:
+    """Without the event nobody is told; with it the handoff would have been refused."""
+    guest, engine = migration(128)
+    content = image(128)
+    await runs(engine, guest.length)
+    await engine.source.postcopy("pc.ram", content, range(0, 96 * PAGE, PAGE))
+    moved = await guest.ask(
+        "setattr(libc.mremap, 'restype', ctypes.c_void_p) or 0 < libc.mremap("
+        f"ctypes.c_void_p(mapping.address + {64 * PAGE}), ctypes.c_size_t({64 * PAGE}),"
+        f" ctypes.c_size_t({128 * PAGE}), 1)"
+    )
+    assert moved == "True"
+    await engine.source.postcopy("pc.ram", content, range(96 * PAGE, 128 * PAGE, PAGE))
+    await ends_well(engine)
+    assert await guest.content(0, 64) == content[: 64 * PAGE]
+
+
+async def test_a_vmm_that_exits_with_faults_outstanding_ends_its_migration(
+    migration: MakeMigration,
+) -> None:
+    guest, engine = migration(64)
+    content = image(64)
+    await runs(engine, guest.length)
+    await guest.ask(
+        "[threading.Thread(daemon=True, target=libc.memchr, args=("
+        f"ctypes.c_void_p(mapping.address + page * {PAGE}), 1, 1)).start()"
+        " for page in range(0, 64, 4)] and 1"
+    )
+    for _ in range(3):
+        assert isinstance(await engine.source.wait_for_request(), PageRequest)
+    guest.process.kill()
+    await engine.source.postcopy("pc.ram", content, range(0, 64 * PAGE, PAGE))
+    await engine.finish()
+    assert engine.migration.state is State.FAILED
+    assert "the VMM has exited" in (engine.migration.failure or "")
+    assert len(engine.failures) == 1
+
+
+async def test_what_is_given_back_while_it_is_filled_is_zeros_and_the_rest_is_right(
+    migration: MakeMigration,
+) -> None:
+    """Before its page has come, while it comes, and after; never filled from the source again."""
+    guest, engine = migration(256)
+    content = image(256)
+    await runs(engine, guest.length)
+    await engine.source.postcopy("pc.ram", content, range(0, 64 * PAGE, PAGE))
+    removed = [*range(10, 20), *range(100, 140), *range(200, 210)]
+    removing = asyncio.ensure_future(
+        guest.ask(
+            f"[libc.madvise(ctypes.c_void_p(mapping.address + page * {PAGE}),"
+            f" ctypes.c_size_t({PAGE}), 4) for page in {removed}].count(0)"
+        )
+    )
+    for first in range(64, 256, 4):
+        await engine.source.postcopy(
+            "pc.ram", content, range(first * PAGE, (first + 4) * PAGE, PAGE)
+        )
+    assert await removing == str(len(removed))
+    # Once more, as a source that has lost its bitmap would.
+    await engine.source.postcopy("pc.ram", content, range(0, 256 * PAGE, PAGE))
+    await ends_well(engine)
+    came = await guest.content()
+    for page in range(256):
+        wanted = bytes(PAGE) if page in removed else content[page * PAGE : (page + 1) * PAGE]
+        assert came[page * PAGE : (page + 1) * PAGE] == wanted, page
+
+
+async def test_a_page_that_comes_twice_does_not_undo_what_the_guest_wrote_in_between(
+    migration: MakeMigration,
+) -> None:
+    """The answer to a fault and the background bring the same page."""
+    guest, engine = migration(16)
+    content = image(16)
+    await runs(engine, guest.length)
+    touch = asyncio.ensure_future(
+        guest.ask(f"ctypes.memset(mapping.address + {5 * PAGE}, 0x77, 8) and 1")
+    )
+    assert await engine.source.wait_for_request() == PageRequest("pc.ram", 5 * PAGE, PAGE)
+    await engine.source.postcopy("pc.ram", content, [5 * PAGE])
+    assert await touch == "1"
+    await engine.source.postcopy("pc.ram", content, range(0, 16 * PAGE, PAGE))
+    await ends_well(engine)
+    assert engine.migration.report().counters.pages_duplicate == 1
+    written = content[: 5 * PAGE] + b"\x77" * 8 + content[5 * PAGE + 8 :]
+    assert await guest.content() == written
+
+
+async def test_huge_pages_do_not_form_over_pages_that_have_yet_to_come(
+    migration: MakeMigration,
+) -> None:
+    pages = 2 * HUGE_PAGES // PAGE
+    guest, engine = migration(pages)
+    content = image(64)
+    await runs(engine, guest.length)
+    assert await guest.advise(0, pages, MADV_HUGEPAGE) == 0
+    await engine.source.postcopy("pc.ram", content, range(0, 64 * PAGE, PAGE))
+    # The one whole huge page of it: this is refused, or does not fill what is missing.
+    await guest.ask(
+        "libc.madvise(ctypes.c_void_p(-(-mapping.address // (2 << 20)) * (2 << 20)),"
+        f" ctypes.c_size_t(2 << 20), {MADV_COLLAPSE})"
+    )
+    touch = asyncio.ensure_future(guest.content(pages - 1, 1))
+    asked = await engine.source.wait_for_request()
+    assert asked.offset == (pages - 1) * PAGE
+    await engine.source.postcopy("pc.ram", b"\xee" * guest.length, [asked.offset])
+    assert await touch == b"\xee" * PAGE
+    await ends_well(engine)
+    assert await guest.content(0, 64) == content
+    assert await guest.content(64, 1) == bytes(PAGE)
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Path]:
+    """A group of processes with little memory, in which nobody is killed when it is used up."""
+    group = MEMORY_CGROUPS / f"postcopyd-test-{os.getpid()}"
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text(str(24 << 20))
+    (group / "memory.oom_control").write_text("1")
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.skipif(
+    not (MEMORY_CGROUPS / "memory.oom_control").exists(),
+    reason="cgroup v2 kills a process over its limit: only v1 lets the kernel say ENOMEM",
+)
+async def test_a_vmm_at_its_limit_of_memory_is_filled_when_it_has_more(
+    migration: MakeMigration, memory_limit: Path
+) -> None:
+    guest, engine = migration((32 << 20) // PAGE)
+    (memory_limit / "cgroup.procs").write_text(str(guest.process.pid))
+    content = image(256) * (guest.length // (256 * PAGE))
+    await runs(engine, guest.length)
+    sending = asyncio.ensure_future(
+        engine.source.postcopy("pc.ram", content, range(0, guest.length, PAGE))
+    )
+    async with asyncio.timeout(LIMIT):
+        while engine.migration.report().counters.retries < 5:
+            await asyncio.sleep(0.01)
+    assert engine.migration.state is State.RUNNING
+    (memory_limit / "memory.limit_in_bytes").write_text(str(512 << 20))
+    await sending
+    await ends_well(engine)
+    there = await guest.ask(
+        "__import__('hashlib').sha256("
+        f"ctypes.string_at(mapping.address, {guest.length})).hexdigest()"
+    )
+    assert there == hashlib.sha256(content).hexdigest()
+    guest.process.kill()

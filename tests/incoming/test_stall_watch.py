@@ -1,0 +1,125 @@
+"""When nothing comes any more, somebody is told; nothing is ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from postcopyd.incoming import events
+from postcopyd.incoming.settings import Settings
+from postcopyd.incoming.stall_watch import StallWatch
+from postcopyd.incoming.states import State
+from tests.incoming.engine import Engine
+from tests.incoming.test_recovery import (
+    CONTENT,
+    PAGES,
+    ask_what_is_here,
+    broken,
+    come_back,
+    go_on,
+    seen,
+)
+from tests.support import LIMIT
+
+MakeEngine = Callable[..., Engine]
+SOON = 0.05  # seconds
+
+
+async def test_a_stall_is_told_again_when_it_has_lasted_twice_as_long_and_when_it_is_over() -> None:
+    told: list[float] = []
+    over = asyncio.Event()
+    here = 0
+    thrice = asyncio.Event()
+
+    def stalled(seconds: float) -> None:
+        told.append(seconds)
+        if len(told) == 3:
+            thrice.set()
+
+    watch = StallWatch(
+        asyncio.get_running_loop(),
+        SOON,
+        progress=lambda: here,
+        stalled=stalled,
+        over=lambda _: over.set(),
+    )
+    assert watch.seconds is None
+    watch.start()
+    watch.start()
+    async with asyncio.timeout(LIMIT):
+        await thrice.wait()
+    assert told[0] >= SOON and told[1] >= 2 * SOON and told[2] >= 4 * SOON
+    assert watch.seconds is not None and watch.seconds >= told[2]
+    here += 1
+    async with asyncio.timeout(LIMIT):
+        await over.wait()
+    assert watch.seconds is None
+    watch.stop()
+    watch.stop()
+
+
+async def test_who_goes_on_is_not_complained_of() -> None:
+    told: list[float] = []
+    looks = 0
+    enough = asyncio.Event()
+
+    def progress() -> int:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            enough.set()
+        return looks
+
+    watch = StallWatch(
+        asyncio.get_running_loop(), SOON, progress=progress, stalled=told.append, over=told.append
+    )
+    watch.start()
+    async with asyncio.timeout(LIMIT):
+        await enough.wait()
+    watch.stop()
+    assert told == []
+
+
+async def test_a_source_that_falls_silent_after_the_package_raises_an_alarm(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
+    await engine.reach(State.RUNNING)
+    touch = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+    stalled = await engine.told(events.Stalled)
+    assert stalled.seconds >= SOON and stalled.outstanding == 1
+    seconds = engine.migration.report().stalled_seconds
+    assert seconds is not None and seconds >= SOON
+    assert engine.migration.state is State.RUNNING
+    await engine.source.postcopy("pc.ram", CONTENT, [3 * 4096])
+    assert await asyncio.to_thread(touch.result) == CONTENT[3 * 4096 : 4 * 4096]
+    assert (await engine.told(events.StallOver)).seconds >= SOON
+
+
+async def test_a_paused_migration_raises_an_alarm_too(make_engine: MakeEngine) -> None:
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    await broken(engine)
+    engine.events.clear()
+    await engine.told(events.Stalled)
+    source = come_back(engine)
+    await ask_what_is_here(source)
+    await go_on(source)
+    await seen(source)
+    await engine.told(events.StallOver)
+
+
+async def test_before_the_package_and_after_the_end_there_is_no_alarm(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    engine.attach()
+    await engine.source.advise()
+    await engine.reach(State.ADVISE)
+    await asyncio.sleep(4 * SOON)  # long enough for an alarm, if there was one
+    engine.migration.cancel("the test has seen enough")
+    await engine.finish()
+    assert not [event for event in engine.events if isinstance(event, events.Stalled)]
