@@ -27,8 +27,9 @@ class TlsConnection:
         self._read = cast(Callable[[int, memoryview], int], tls.read)
         self._write = tls.write
         self._peeked = b""
-        self._follows: Literal["more", "nothing yet", "end", "error"] = "more"
-        """What comes behind the bytes that were returned last, as far as it is known."""
+        self._follows: Literal["more", "end", "error"] = "more"
+        """What comes behind the bytes that were returned last. That nothing is there is not kept:
+        the next one to ask may be the only one who is told of a reset (`StreamConnection`)."""
         self._error = ""
 
     @property
@@ -84,8 +85,10 @@ class TlsConnection:
             buffers, count = self._give_peeked(buffers)
         if self._follows == "more":
             count += self._decrypt(buffers)
-        if not count:
-            self._say_what_follows()
+        if not count and self._follows != "end":
+            if self._follows == "error":
+                raise ConnectionResetError(errno.ECONNRESET, self._error)
+            raise BlockingIOError(errno.EAGAIN, "nothing is here yet")
         return (count,)
 
     def _decrypt(self, buffers: Iterable[memoryview]) -> int:
@@ -104,18 +107,11 @@ class TlsConnection:
                     if left:  # a record ends within the buffer
                         buffer = buffer[got:]
         except ssl.SSLWantReadError:
-            self._follows = "nothing yet"
+            pass
         except OSError as error:
             self._follows = "error"
             self._error = _reason(error)
         return count
-
-    def _say_what_follows(self) -> None:
-        if self._follows == "nothing yet":
-            self._follows = "more"
-            raise BlockingIOError(errno.EAGAIN, "nothing is here yet")
-        if self._follows == "error":
-            raise ConnectionResetError(errno.ECONNRESET, self._error)
 
     def _give_peeked(self, buffers: Iterable[memoryview]) -> tuple[list[memoryview], int]:
         """Return the buffers that are left after the bytes that were peeked at, and their count."""

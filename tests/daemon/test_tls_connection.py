@@ -160,6 +160,19 @@ async def test_a_reset_is_an_end(pair: tuple[TlsConnection, ssl.SSLSocket]) -> N
             assert connection.recvmsg_into([memoryview(bytearray(100))]) == (0,)
 
 
+async def test_who_has_emptied_it_is_told_of_a_reset_at_the_next_look(
+    pair: tuple[TlsConnection, ssl.SSLSocket],
+) -> None:
+    connection, source = pair
+    source.sendall(b"last words")
+    assert read(connection, 10, 100) == b"last words"
+    source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    source.close()
+    wait_readable(connection.fileno())
+    with suppress(ConnectionResetError):
+        assert connection.recvmsg_into([memoryview(bytearray(100))]) == (0,)
+
+
 async def test_bytes_that_are_not_tls_break_it(
     pair: tuple[TlsConnection, ssl.SSLSocket],
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from postcopyd.outgoing.connection import ConnectionLost
 from postcopyd.outgoing.image import BlockFile, MemoryImage
 from postcopyd.outgoing.source import MigrationFailed, OutgoingMigration, Settings
+from postcopyd.wire.return_path import ReturnPathWriter
 from tests.fuzz.hostile_streams import HostileStreams
 from tests.support import LIMIT, belongings
 from tests.torture.sampling import Sampling, Tally
@@ -47,6 +48,8 @@ class HostileDestination:
         loop = asyncio.get_running_loop()
         received = 0
         with contextlib.suppress(ConnectionError), connection:
+            if patient:  # nothing of the guest comes to one that has not answered
+                await loop.sock_sendall(connection, ReturnPathWriter().pong(1))
             for message in said:
                 while patient and received < _PACKAGE_COMES:
                     if not (data := await loop.sock_recv(connection, 1 << 20)):
