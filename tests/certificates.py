@@ -17,6 +17,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 SERVER: Final = "destination.test"
 """The name in the daemon's certificate."""
 
+SERVER_AUTH: Final = ExtendedKeyUsageOID.SERVER_AUTH
+CLIENT_AUTH: Final = ExtendedKeyUsageOID.CLIENT_AUTH
+
 _DAY: Final = datetime.timedelta(days=1)
 
 
@@ -60,8 +63,10 @@ class Authority:
         days: tuple[float, float] = (-1, 30),
         directory: Path | None = None,
         passphrase: bytes = b"",
+        purposes: Sequence[x509.ObjectIdentifier] = (SERVER_AUTH, CLIENT_AUTH),
+        more: Sequence[x509.ExtensionType] = (),
     ) -> Issued:
-        """Give a certificate for both ends of TLS.
+        """Give a certificate, for both ends of TLS if `purposes` does not narrow that.
 
         :param name: of its files, and in its subject, ``CN=NAME,O=Tests``, unless that is given.
         :param dns: further names.
@@ -75,7 +80,6 @@ class Authority:
                     x509.NameAttribute(NameOID.COMMON_NAME, name),
                 ]
             )
-        purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = (
             _builder(subject, self._name, key.public_key(), days)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -86,6 +90,8 @@ class Authority:
         if dns:
             names = x509.SubjectAlternativeName([x509.DNSName(each) for each in dns])
             builder = builder.add_extension(names, critical=False)
+        for extension in more:
+            builder = builder.add_extension(extension, critical=False)
         certificate = builder.sign(self._key, hashes.SHA256())
         into = directory or self.directory
         issued = Issued(into / f"{name}.pem", into / f"{name}.key", certificate.serial_number)

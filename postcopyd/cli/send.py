@@ -9,6 +9,7 @@ import math
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -163,19 +164,22 @@ def run(arguments: argparse.Namespace) -> int:
     except (ImageError, MigrationFailed, ConnectionLost, ValueError) as error:
         failure = str(error)
     except OSError as error:
-        failure = f"{error.filename or 'the memory image'}: {error.strerror or error}"
+        failure = migration.report().failure if migration is not None else None
+        failure = failure or f"{error.filename or 'the memory image'}: {error.strerror or error}"
     except KeyboardInterrupt:
         failure = "interrupted"
     finally:
         if progress is not None:
-            progress.close()
+            with suppress(OSError):  # who looked at it may have gone
+                progress.close()
     report = migration.report() if migration is not None else None
     if failure == "interrupted" and report is not None and report.failure is not None:
         failure = f"interrupted: {report.failure}"
     if arguments.json:
         print(json.dumps(_summary(report, failure)))
     if failure is not None:
-        print(f"postcopyctl send: {failure}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"postcopyctl send: {failure}", file=sys.stderr)
         return _FAILED
     if not arguments.json and not arguments.quiet and report is not None:
         print(_last_words(report))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ssl
+from contextlib import suppress
 from typing import Final
 
 from postcopyd.daemon.config import Tls as Settings
-from postcopyd.daemon.tls_files import TlsFilesError, client_context
+from postcopyd.daemon.tls_files import TlsFilesError, client_context, signature
 from postcopyd.outgoing.tls import Tls
 from postcopyd.wire.address import Address
 
@@ -46,6 +48,27 @@ class WrongUsage(Exception):
     """The options contradict each other."""
 
 
+class _Files:
+    """The files of TLS, read anew when they have changed: an outage may outlast a certificate."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read them.
+
+        :raise TlsFilesError: if they are of no use.
+        """
+        self._settings = settings
+        self._signature = signature(settings)
+        self._context = client_context(settings)
+
+    def context(self) -> ssl.SSLContext:
+        """Return what the next handshake is made with; the one before if the files are no good."""
+        if (now := signature(self._settings)) != self._signature:
+            self._signature = now
+            with suppress(TlsFilesError):
+                self._context = client_context(self._settings)
+        return self._context
+
+
 def from_arguments(arguments: argparse.Namespace) -> Tls | None:
     """Return how to speak TLS; None if that is not asked for.
 
@@ -69,6 +92,6 @@ def from_arguments(arguments: argparse.Namespace) -> Tls | None:
         raise WrongUsage(f"{_OPTIONS['certificate']} and {_OPTIONS['key']} go together")
     settings = Settings(given["certificate"], given["key"], given["ca_certificates"])
     try:
-        return Tls(client_context(settings), given["name"] or to.host)
+        return Tls(_Files(settings).context, given["name"] or to.host)
     except TlsFilesError as error:
         raise ValueError(f"{_OPTIONS[error.setting]}: {error.reason}") from None

@@ -147,7 +147,12 @@ class Gate:
             self._refused(str(peer), reason)
 
     def _shaken(self, tls: ssl.SSLSocket, address: str) -> None:
-        name = name_in(tls.getpeercert() or {})
+        try:
+            name = name_in(tls.getpeercert() or {})
+        except ValueError as error:  # an authority may put bytes there that are no text
+            tls.close()
+            self._refused(address, f"the names in its certificate cannot be read: {error}")
+            return
         peer = f"{address}, {name}"
         connection = TlsConnection(tls)
         if self._rules.names.allow(name) and self._names.allow(name):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from postcopyd.daemon.config_problems import ConfigurationError, Lines, Problem
 
@@ -21,6 +23,8 @@ _MARKS: Final = {
 }
 _EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED of openssl/x509_vfy.h
 _NOT_YET_VALID: Final = 9
+
+_Role = Literal["server", "client"]
 
 _VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -52,8 +56,10 @@ class TlsFiles:
         :raise TlsFilesError: if they cannot be used.
         """
         _check_marks(settings)
-        context = _context(settings)
-        return cls(context, tuple(_outdated(context, settings)), tuple(_exposed(settings)))
+        with _that_are_changed_meanwhile():
+            context = _context(settings)
+            outdated = _outdated(context, settings, "server")
+            return cls(context, tuple(outdated), tuple(_exposed(settings)))
 
 
 def client_context(settings: Tls) -> ssl.SSLContext:
@@ -66,17 +72,28 @@ def client_context(settings: Tls) -> ssl.SSLContext:
     _check_marks(settings)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = _VERSIONS[settings.minimum_version]
-    if settings.certificate:
-        _load_identity(context, settings)
-    _load_authorities(context, settings)
-    for outdated in _outdated(context, settings):
-        raise outdated
+    with _that_are_changed_meanwhile():
+        if settings.certificate:
+            _load_identity(context, settings)
+        _load_authorities(context, settings)
+        for outdated in _outdated(context, settings, "client"):
+            raise outdated
     return context
 
 
-def signature(settings: Tls) -> tuple[tuple[int, ...], ...]:
-    """Return what changes when a file is changed or replaced."""
-    return tuple(_signature(getattr(settings, setting)) for setting in _MARKS)
+@contextmanager
+def _that_are_changed_meanwhile() -> Iterator[None]:
+    """Have files that could be read a moment ago told as no longer usable, whatever goes wrong."""
+    try:
+        yield
+    except OSError as error:
+        what = f"the files change while they are read: {error.strerror or error}"
+        raise TlsFilesError("certificate", what) from None
+
+
+def signature(settings: Tls) -> dict[str, tuple[int, ...]]:
+    """Return, for each setting that names a file, what changes when it is changed or replaced."""
+    return {setting: _signature(getattr(settings, setting)) for setting in _MARKS}
 
 
 def _signature(path: str) -> tuple[int, ...]:
@@ -151,9 +168,9 @@ def _load_crl(context: ssl.SSLContext, path: str) -> None:
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
-def _outdated(context: ssl.SSLContext, settings: Tls) -> list[TlsFilesError]:
+def _outdated(context: ssl.SSLContext, settings: Tls, role: _Role) -> list[TlsFilesError]:
     found = []
-    why = _refusal_of_certificate(settings) if settings.certificate else None
+    why = _refusal_of_certificate(settings, role) if settings.certificate else None
     if why is not None:
         found.append(TlsFilesError("certificate", f"{settings.certificate} {why}"))
     now = time.time()
@@ -169,20 +186,26 @@ def _outdated(context: ssl.SSLContext, settings: Tls) -> list[TlsFilesError]:
     return found
 
 
-def _refusal_of_certificate(settings: Tls) -> str | None:
-    """Return why a client that trusts just this certificate would not accept it; None if it does.
+def _refusal_of_certificate(settings: Tls, role: _Role) -> str | None:
+    """Return why somebody who trusts just this certificate would not accept it; None if he does.
 
     Tried in a handshake with ourselves: `ssl` tells nothing of a certificate of our own.
+
+    :param role: what it is to be the certificate of.
     """
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(settings.certificate, settings.key)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client.load_verify_locations(settings.certificate)
+    client.verify_mode = ssl.CERT_NONE
+    for each in (server, client):
+        each.load_cert_chain(settings.certificate, settings.key)
+    judge = client if role == "server" else server
+    judge.verify_mode = ssl.CERT_REQUIRED
+    judge.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    judge.load_verify_locations(settings.certificate)
     here, there = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = (client.wrap_bio(here, there), server.wrap_bio(there, here, server_side=True))
-    for end in (*ends, ends[0]):
+    for end in (*ends, *ends):
         try:
             end.do_handshake()
         except ssl.SSLWantReadError:

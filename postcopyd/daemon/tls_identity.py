@@ -27,7 +27,7 @@ class TlsIdentity:
         :raise TlsFilesError: if they cannot be used.
         """
         self._settings = settings
-        self._signature = signature(settings)
+        self._seen = self._used = signature(settings)
         files = TlsFiles.load(settings)
         for doubt in (*files.outdated, *files.exposed):
             event_log.log_tls_doubt(doubt)
@@ -39,14 +39,16 @@ class TlsIdentity:
 
         It has ended when this returns, also when this is cancelled.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._worker, work)
+        work_there = self._worker.submit(work)
+        future = asyncio.wrap_future(work_there)
         try:
             await asyncio.wait((future,))
         finally:
-            while not future.done():
-                with suppress(asyncio.CancelledError):  # once more: we are on our way out
-                    await asyncio.wait((future,))
-            future.exception()  # who was cancelled does not want to know
+            if not work_there.cancel():  # what has not begun need not begin any more
+                while not future.done():
+                    with suppress(asyncio.CancelledError):  # once more: we are on our way out
+                        await asyncio.wait((future,))
+                future.exception()  # who was cancelled does not want to know
         try:
             return future.result()
         finally:
@@ -54,24 +56,33 @@ class TlsIdentity:
 
     async def context(self) -> ssl.SSLContext:
         """Return what makes the next connection, from the files as they are now."""
-        if signature(self._settings) != self._signature:
+        if signature(self._settings) != self._seen:
             await self.reload()
         return self._context
 
     async def reload(self) -> None:
-        """Read the files anew. If they are no better than the old ones those stay; it is logged."""
-        self._signature = signature(self._settings)
+        """Read the files anew. If one has become worse the old ones stay; it is logged.
+
+        One that is out of date by now and has not changed keeps nothing new from being used: a
+        certificate may be revoked when ours has expired.
+        """
+        self._seen = now = signature(self._settings)
         try:
             files = await self.aside(lambda: TlsFiles.load(self._settings))
         except TlsFilesError as error:
             event_log.log_tls_kept(error)
             return
-        if files.outdated:
-            event_log.log_tls_kept(files.outdated[0])
-            return
-        for doubt in files.exposed:
+        changed = {setting for setting in now if now[setting] != self._used[setting]}
+        if "key" in changed:
+            changed.add("certificate")
+        for worse in files.outdated:
+            if worse.setting in changed:
+                event_log.log_tls_kept(worse)
+                return
+        for doubt in (*files.outdated, *files.exposed):
             event_log.log_tls_doubt(doubt)
         self._context = files.context
+        self._used = now
         event_log.log_tls_read(self._settings.certificate)
 
     def close(self) -> None:

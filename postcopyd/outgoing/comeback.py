@@ -54,7 +54,7 @@ class Comeback:
         """Return another connection.
 
         :param broken: what happened to the one before.
-        :param lasted: seconds that it lasted.
+        :param lasted: seconds that it lasted, 0.0 if the destination never said anything on it.
         :param progressed: it has brought the migration on.
         :raise ConnectionLost: if the time to come back is over; with what happened at last.
         """

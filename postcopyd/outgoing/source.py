@@ -95,7 +95,8 @@ class OutgoingMigration:
         :param device_state: device sections as QEMU writes them, one behind the other.
         :param stop_guest: awaited once, at the first switchover; when it returns nobody may write
             to the image's files any more. None if nobody does anyway.
-        :param progress: called about ten times a second and at each new phase; must not raise.
+        :param progress: called about ten times a second and at each new phase, and no more once it
+            has raised: that nobody can be told is no reason to lose a guest.
         :param jitter: spreads the tries to come back.
         :raise ValueError: if a setting is out of range, or `device_state` cannot be device
             sections: a destination would find that out when there is no way back.
@@ -169,6 +170,9 @@ class OutgoingMigration:
         except asyncio.CancelledError:
             account.failure = self._explain("cancelled")
             raise
+        except OSError as error:
+            account.failure = self._explain(_what(error))
+            raise
         except BaseException as error:
             account.failure = self._explain(f"{type(error).__name__}: {error}")
             raise
@@ -209,9 +213,8 @@ class OutgoingMigration:
             self._bytes_before += attempt.bytes_sent
             self._unsent = attempt.unsent or self._unsent
             self._attempt = None
-            connection = await comeback.connection(
-                _what(broken), time.monotonic() - began, attempt.progressed
-            )
+            lasted = time.monotonic() - began if attempt.answered else 0.0
+            connection = await comeback.connection(_what(broken), lasted, attempt.progressed)
 
     def _is_final(self, broken: Exception) -> bool:
         """Tell whether there is nothing to come back to."""
@@ -238,12 +241,18 @@ class OutgoingMigration:
 
     def _enter(self, phase: Phase, total: int = 0) -> None:
         self._account.enter(phase, total)
+        self._tell()
+
+    def _tell(self) -> None:
         if self._progress is not None:
-            self._progress(self.report())
+            try:
+                self._progress(self.report())
+            except Exception:  # nobody looks any more, or nobody can be shown anything
+                self._progress = None
 
     def _report_progress(self) -> None:
+        self._tell()
         if self._progress is not None:
-            self._progress(self.report())
             self._progress_timer = asyncio.get_running_loop().call_later(
                 _PROGRESS_SECONDS, self._report_progress
             )
@@ -259,6 +268,8 @@ class OutgoingMigration:
 def _what(error: Exception) -> str:
     if isinstance(error, ProtocolError):
         return f"the destination broke the protocol of the return path: {error}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the memory image'}: {error.strerror or error}"
     return str(error)
 
 

@@ -46,8 +46,8 @@ class NotTrusted(ConnectionLost):
 class Tls:
     """How to speak TLS with one destination."""
 
-    def __init__(self, context: ssl.SSLContext, name: str) -> None:
-        """Believe and show what `context` says.
+    def __init__(self, context: Callable[[], ssl.SSLContext], name: str) -> None:
+        """Believe and show what `context` says, which is asked at each handshake.
 
         :param name: a DNS name or an address that the destination's certificate must have.
         """
@@ -63,7 +63,7 @@ class Tls:
         tls: socket.socket = connection
         try:
             async with asyncio.timeout(_HANDSHAKE_SECONDS):
-                tls = shaking = self._context.wrap_socket(
+                tls = shaking = self._context().wrap_socket(
                     connection, server_hostname=self._name, do_handshake_on_connect=False
                 )
                 await _shake(shaking)

@@ -34,6 +34,8 @@ PAGE = 4096
 MEMORY = b"".join(page.to_bytes(8, "big") * 512 for page in range(1, 101)) + bytes(20 * PAGE)
 
 PAGES = 64
+IN_THE_PAGES = 100_000
+"""Bytes of a stream behind its package, and before its end."""
 CONTENT = random_image(PAGES)
 
 
@@ -332,7 +334,7 @@ def to(relay: CuttingRelay, directory: Path) -> list[str]:
 
 
 async def test_a_broken_connection_is_told_and_mended(tmp_path: Path) -> None:
-    cuts = [Cut(forward=100_000), Cut(forward=20_000)]
+    cuts = [Cut(forward=IN_THE_PAGES), Cut(forward=20_000)]
     async with (
         RealDestination(PAGES).listening() as destination,
         CuttingRelay(destination.port, cuts).listening() as relay,
@@ -351,10 +353,32 @@ async def test_a_broken_connection_is_told_and_mended(tmp_path: Path) -> None:
     assert "connected again, asking what has arrived" in lines
 
 
+async def test_it_goes_on_when_nobody_reads_its_progress_any_more(tmp_path: Path) -> None:
+    cuts = [Cut(forward=IN_THE_PAGES), Cut(forward=20_000)]
+    async with (
+        RealDestination(PAGES).listening() as destination,
+        CuttingRelay(destination.port, cuts).listening() as relay,
+        sending(*to(relay, tmp_path), "--json") as process,
+    ):
+        assert process.stderr is not None
+        assert process.stdout is not None
+        while b"post-copy" not in await process.stderr.readline():
+            pass
+        reader = process._transport.get_pipe_transport(2)  # type: ignore[attr-defined]
+        reader.close()
+        out = await process.stdout.read()
+        await process.wait()
+        await destination.migration.wait()
+        assert await destination.vmm.guest.content() == CONTENT
+    assert process.returncode == 0
+    assert json.loads(out)["completed"]
+    assert json.loads(out)["reconnects"] == 2
+
+
 async def test_whoever_interrupts_it_while_it_is_coming_back_is_told_where_it_stands(
     tmp_path: Path,
 ) -> None:
-    cuts = [Cut(forward=100_000), *[Cut(forward=0)] * 1000]
+    cuts = [Cut(forward=IN_THE_PAGES), *[Cut(forward=0)] * 1000]
     async with (
         RealDestination(PAGES).listening() as destination,
         CuttingRelay(destination.port, cuts).listening() as relay,
@@ -373,7 +397,7 @@ async def test_whoever_interrupts_it_while_it_is_coming_back_is_told_where_it_st
 
 
 async def test_when_the_time_to_come_back_is_over_it_is_exit_status_1(tmp_path: Path) -> None:
-    cuts = [Cut(forward=100_000), *[Cut(forward=0)] * 1000]
+    cuts = [Cut(forward=IN_THE_PAGES), *[Cut(forward=0)] * 1000]
     async with (
         RealDestination(PAGES).listening() as destination,
         CuttingRelay(destination.port, cuts).listening() as relay,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from tests.certificates import SERVER, Authority, Issued, tls_settings
 from tests.cutting_relay import Cut, CuttingRelay
 from tests.daemon.daemon_process import RunningDaemon, running_daemon
 from tests.daemon.whole_migration import Image, assert_sent, running_guest
-from tests.support import LIMIT
+from tests.support import LIMIT, wait_until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -73,6 +74,41 @@ def at_most(version: str, directory: Path) -> tuple[str, ...]:
         f"[tls]\nMaxProtocol = {version}\n"
     )
     return ("env", f"OPENSSL_CONF={path}")
+
+
+async def test_it_comes_back_with_new_certificates_when_the_old_ones_count_no_more(
+    world: World,
+) -> None:
+    rotated = False
+    believed = world.authority.directory / "believed.pem"
+    shutil.copy(world.authority.file, believed)
+    options = [*world.options(), "--tls-ca-certificates", str(believed)]
+
+    def cuts() -> Iterator[Cut]:
+        yield Cut(forward=2 << 20)
+        while not rotated:
+            yield Cut(forward=0)
+
+    with running_guest(world.daemon, "vm0", "anonymous") as guest:
+        port = int(guest.says()["listen"][0].rpartition(":")[2])
+        async with CuttingRelay(port, cuts()).listening() as relay:
+            sending = world.image.start_sending(f"tcp:127.0.0.1:{relay.port}", *options)
+            await asyncio.to_thread(
+                wait_until, lambda: world.daemon.client.show("vm0")["state"] == "paused"
+            )
+            new = Authority(world.authority.directory / "new")
+            new.file.replace(world.authority.file)
+            rotated = True
+            await asyncio.to_thread(
+                wait_until, lambda: "its certificate is not accepted" in world.daemon.log
+            )
+            issued = new.issue("good")
+            issued.key.replace(world.good.key)
+            issued.certificate.replace(world.good.certificate)
+            _, errors = await asyncio.to_thread(sending.communicate, timeout=LIMIT)
+        assert sending.returncode == 0, errors
+        assert guest.says() == {"complete": True, "changed": 0}
+    assert guest.memory() == world.image.memory
 
 
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])

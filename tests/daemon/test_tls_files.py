@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from postcopyd.daemon import tls_files
 from postcopyd.daemon.config import Tls
-from postcopyd.daemon.tls_files import TlsFiles, TlsFilesError, signature
-from tests.certificates import Authority, Issued
+from postcopyd.daemon.tls_files import TlsFiles, TlsFilesError, client_context, signature
+from tests.certificates import CLIENT_AUTH, SERVER_AUTH, Authority, Issued
 
 
 @pytest.fixture
@@ -110,6 +112,18 @@ def test_a_certificate_of_another_time_is_told(
     assert str(doubt) == f"tls.certificate: {server.certificate} {expected}"
 
 
+def test_each_side_has_a_certificate_for_its_side(authority: Authority) -> None:
+    for_clients = settings(authority, authority.issue("client", purposes=[CLIENT_AUTH]))
+    for_servers = settings(authority, authority.issue("server", purposes=[SERVER_AUTH]))
+    client_context(for_clients)
+    assert TlsFiles.load(for_servers).outdated == ()
+    (doubt,) = TlsFiles.load(for_clients).outdated
+    with pytest.raises(TlsFilesError) as caught:
+        client_context(for_servers)
+    for said in (str(doubt), str(caught.value)):
+        assert "will not be accepted: unsuitable certificate purpose" in said
+
+
 def test_an_authority_of_another_time_is_told(tmp_path: Path) -> None:
     old = Authority(tmp_path, days=(-9, -1))
     (doubt,) = TlsFiles.load(settings(old, old.issue("server"))).outdated
@@ -122,6 +136,20 @@ def test_a_key_that_everybody_can_read_is_told(authority: Authority) -> None:
     server.key.chmod(0o644)
     (doubt,) = TlsFiles.load(settings(authority, server)).exposed
     assert str(doubt).startswith(f"tls.key: every user can read or replace {server.key}: chmod")
+
+
+@pytest.mark.parametrize("load", [TlsFiles.load, client_context])
+def test_a_file_that_vanishes_while_they_are_read_is_told(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, load: Callable[[Tls], object]
+) -> None:
+    tls = settings(authority, authority.issue("server"))
+
+    def checked_and_gone(tls: Tls) -> None:
+        Path(tls.key).unlink()
+
+    monkeypatch.setattr(tls_files, "_check_marks", checked_and_gone)
+    with pytest.raises(TlsFilesError, match="the files change while they are read: No such file"):
+        load(tls)
 
 
 def test_a_replaced_file_changes_the_signature(authority: Authority) -> None:

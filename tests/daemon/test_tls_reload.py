@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from postcopyd.daemon.config import Tls
+from postcopyd.daemon.tls_handshake import Handshakes
+from postcopyd.daemon.tls_identity import TlsIdentity
 from tests.certificates import SERVER, Authority, Issued, client_context, tls_settings
 from tests.daemon.daemon_process import RunningDaemon, running_daemon
-from tests.support import wait_until
+from tests.support import LIMIT, wait_until
 
 
 @pytest.fixture
@@ -97,6 +104,72 @@ def test_what_cannot_be_used_changes_nothing(
     if what == "half way":
         new.key.replace(server.key)
         assert shown(daemon, authority) == new.serial_number
+
+
+async def test_who_is_revoked_stays_out_though_our_own_certificate_has_expired(
+    authority: Authority,
+) -> None:
+    server = authority.issue("server", dns=[SERVER], days=(-9, -1))
+    stolen = authority.issue("stolen")
+    revoked = authority.revoke(authority.issue("other"))
+    identity = TlsIdentity(
+        Tls(str(server.certificate), str(server.key), str(authority.file), str(revoked))
+    )
+    try:
+        assert await refusal(identity, stolen) is None
+        authority.revoke(stolen)
+        assert "certificate revoked" in str(await refusal(identity, stolen))
+    finally:
+        identity.close()
+
+
+async def refusal(identity: TlsIdentity, issued: Issued) -> str | None:
+    """Why a source with that certificate is not let in; None if it is."""
+    ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    def done(tls: ssl.SSLSocket, _: str) -> None:
+        tls.close()
+        ended.set_result(None)
+
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    handshakes = Handshakes(
+        identity, LIMIT, done=done, refused=lambda _, reason: ended.set_result(reason)
+    )
+    handshakes.begin(near, "a source")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # ours has expired
+    context.load_cert_chain(issued.certificate, issued.key)
+    far.settimeout(LIMIT)
+    with suppress(OSError), await asyncio.to_thread(context.wrap_socket, far) as source:
+        await asyncio.to_thread(source.recv, 1)
+    far.close()
+    async with asyncio.timeout(LIMIT):
+        return await ended
+
+
+async def test_work_of_a_handshake_that_is_given_up_is_not_begun(authority: Authority) -> None:
+    server = authority.issue("server")
+    identity = TlsIdentity(Tls(str(server.certificate), str(server.key), str(authority.file)))
+    may_end, begun = threading.Event(), []
+    try:
+        first = asyncio.ensure_future(identity.aside(lambda: may_end.wait(LIMIT)))
+        second = asyncio.ensure_future(identity.aside(lambda: begun.append("second")))
+        await asyncio.sleep(0)
+        first.cancel()
+        second.cancel()
+        async with asyncio.timeout(LIMIT):
+            with pytest.raises(asyncio.CancelledError):
+                await second
+        assert not first.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert not begun
+    finally:
+        may_end.set()
+        identity.close()
 
 
 def test_a_source_that_is_there_goes_on(daemon: RunningDaemon, authority: Authority) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtensionOID
 
 from postcopyd.wire import stream_writer
 from tests.certificates import SERVER, Authority, Issued, client_context, tls_settings
@@ -183,6 +185,19 @@ def test_a_certificate_that_was_revoked_does_not_count(world: World) -> None:
     name = world.create()
     world.assert_refused(name, client_context(world.authority, world.revoked))
     world.refusal(name, "its certificate is not accepted: certificate revoked")
+    world.assert_still_waits(name)
+
+
+NOT_TEXT = b"\x30\x04\x82\x02\xff\xfe"
+"""DER of a DNS name."""
+
+
+def test_names_that_cannot_be_read_are_nobodys(world: World) -> None:
+    names = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, NOT_TEXT)
+    odd = world.authority.issue("odd", more=[names])
+    name = world.create()
+    world.assert_refused(name, client_context(world.authority, odd))
+    world.refusal(name, "the names in its certificate cannot be read")
     world.assert_still_waits(name)
 
 

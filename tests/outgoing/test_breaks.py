@@ -332,6 +332,20 @@ async def test_a_destination_that_takes_the_connection_and_is_silent_is_left_aft
     assert report.reconnects == 2
 
 
+async def test_who_is_always_silent_is_not_tried_for_longer_than_was_said(
+    make_block: MakeBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comeback, "_STEADY_SECONDS", 0.5)
+    block = make_block("pc.ram", CONTENT)
+    with socket.create_server(("127.0.0.1", 0)) as server, MemoryImage([block]) as memory:
+        address = Address("tcp", host="127.0.0.1", port=server.getsockname()[1])
+        connection = await connect(address)
+        migration = OutgoingMigration(memory, settings=Settings(break_after=1.0, retry_for=1.5))
+        async with asyncio.timeout(LIMIT):
+            with pytest.raises(MigrationFailed, match="said nothing for 1 s; no way back in"):
+                await migration.run(connection, way_back(connection, address))
+
+
 async def test_the_guest_gets_what_it_waits_for_through_all_breaks(make_block: MakeBlock) -> None:
     async with through_relay([Cut(forward=20_000)] * 5) as run:
         reading: list[asyncio.Future[bytes]] = []
