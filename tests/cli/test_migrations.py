@@ -157,6 +157,7 @@ def test_waiting_for_what_ends_well_is_0(ctl: Ctl, daemon: RunningDaemon) -> Non
     with guest_that_lives_here(daemon, "vm0") as (vmm, source):
         asyncio.run(source.finish())
         vmm.destination.wait_for_completion(LIMIT)
+        asyncio.run(source.hear_the_end())
         source.close()
         assert ctl("wait", "vm0") == "vm0: all memory is here\n"
 

@@ -221,6 +221,7 @@ async def test_a_whole_migration_ends_and_leaves_its_report(hosted: Hosted) -> N
     await source.finish()
     await asyncio.to_thread(vmm.destination.wait_for_completion, LIMIT)
     await hosted.reach(entry, "end")
+    await source.hear_the_end()
     source.close()
     await entry.wait(LIMIT)
     await vmm.leave()
@@ -342,6 +343,7 @@ async def test_stopping_waits_for_a_guest_that_lives_here(hosted: Hosted) -> Non
     await source.finish()
     await asyncio.to_thread(vmm.destination.wait_for_completion, LIMIT)
     await hosted.reach(entry, "end")
+    await source.hear_the_end()
     source.close()
     await asyncio.wait_for(stopping, LIMIT)
     assert entry.view()["state"] == "end"

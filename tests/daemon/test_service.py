@@ -254,6 +254,7 @@ def test_a_guest_that_lives_here_is_waited_for_however_often_it_is_told(
         assert daemon.process.poll() is None
         asyncio.run(source.finish())
         vmm.destination.wait_for_completion(LIMIT)
+        asyncio.run(source.hear_the_end())
     assert daemon.ended() == 0
     assert f"pages={LENGTH // PAGE}" in daemon.log
 

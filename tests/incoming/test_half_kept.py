@@ -144,6 +144,7 @@ async def test_a_migration_that_had_ended_needs_no_vmm_any_more(
     engine.migration = IncomingMigration("vm0", Settings(), engine._trace, estate)
     engine.migration.restore(restore_vmm)
     assert engine.migration.state is State.END
+    assert await engine.source.wait_for_shut() == Shut(0)
     engine.source.close()
     await engine.finish()
 
