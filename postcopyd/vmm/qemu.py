@@ -18,7 +18,7 @@ from postcopyd.vmm import qemu_facts
 from postcopyd.vmm.adoption import AdoptedProcess, AdoptionRefused, adopt
 from postcopyd.vmm.checks import HandoffRefused, check_blocks, prove_mapped
 from postcopyd.vmm.qemu_facts import QemuFacts
-from postcopyd.vmm.qemu_feed import Feed, FeedFailure, FeedRefused, offer_feed
+from postcopyd.vmm.qemu_feed import Feed, FeedFailure, FeedRefused, offer_feed, withdraw_feed
 from postcopyd.vmm.qemu_memory import FoundMemory, find_memory
 from postcopyd.vmm.qemu_monitor import MonitorFailure, QemuMonitor
 
@@ -273,11 +273,12 @@ class QemuVmm:
                 await self._leave()
 
     async def _leave(self) -> None:
-        if self._feed is not None and not self._listening:
-            await self._feed.withdraw()
+        # What was done to it may have been done by a predecessor of this process.
+        if not self._listening:
+            with contextlib.suppress(MonitorFailure):
+                await withdraw_feed(await self._monitor(), self._within)
         with contextlib.suppress(OSError):  # it has exited, or is stopped by somebody else
-            if self._advised:
-                await self._inside(self._found.huge_page_ranges, mmap.MADV_HUGEPAGE)
+            await self._inside(self._found.huge_page_ranges, mmap.MADV_HUGEPAGE)
             await asyncio.to_thread(self._process.release)
         await self._close_monitor()
 

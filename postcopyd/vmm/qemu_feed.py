@@ -48,12 +48,6 @@ class Feed:
         except MonitorFailure as error:
             raise FeedRefused(str(error)) from error
 
-    async def withdraw(self) -> None:
-        """Have QEMU forget its end, which it has not used."""
-        with contextlib.suppress(MonitorFailure):
-            await self._monitor.execute("closefd", {"fdname": _NAME}, within=self._within)
-        self.close()
-
     async def load(
         self, load: DeviceLoad, rest: AsyncIterator[bytes] | None = None, *, keep_process: bool
     ) -> None:
@@ -121,6 +115,15 @@ class Feed:
     def close(self) -> None:
         """Close our end. Idempotent."""
         self._connection.close()
+
+
+async def withdraw_feed(monitor: QemuMonitor, within: float) -> None:
+    """Have QEMU forget its end of a feed, if it has one that it has not used.
+
+    :param within: seconds for its answer.
+    """
+    with contextlib.suppress(MonitorFailure):
+        await monitor.execute("closefd", {"fdname": _NAME}, within=within)
 
 
 async def offer_feed(monitor: QemuMonitor, within: float) -> Feed:

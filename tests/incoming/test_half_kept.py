@@ -136,6 +136,7 @@ async def test_a_migration_that_had_ended_needs_no_vmm_any_more(
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)
     engine.migration.let_go()  # before the source has closed
+    engine.source.messages.clear()
 
     def restore_vmm(inherited: InheritedVmm) -> Vmm:
         raise VmmFailure("it has exited")

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from postcopyd.cli.control_client import ControlError
+from postcopyd.wire import stream_writer
 from tests.daemon.daemon_process import RunningDaemon, running_daemon
 from tests.interop.qemu_versions import PROGRAMS, QemuVersion
 from tests.support import LIMIT, wait_until
 
+PAGE = 4096
 VERSIONS: list[QemuVersion] = ["7.2", "10.0"]
 MEMORY = ("-m", "64M", "-machine", "q35,memory-backend=m0")
 SHARED_FILE = "memory-backend-file,id=m0,size=64M,share=on,mem-path"
@@ -150,6 +152,30 @@ def test_a_qemu_that_waits_is_adopted_and_given_back_as_it_was(
             daemon.client.wait("vm0", LIMIT)
             daemon.client.cancel("vm0")
             waiting.wait_for_state(before)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_qemu_is_given_back_as_it_was_by_the_successor_of_who_has_prepared_it(
+    daemon: RunningDaemon, tmp_path: Path, version: QemuVersion
+) -> None:
+    options = ("-m", "64M", "-machine", "q35", "-incoming", "defer")
+    with qemu(tmp_path, *options, version=version) as waiting:
+        before = waiting.state()
+        listen = adopt(daemon, waiting)["listen"][0]
+        with socket.create_connection(("127.0.0.1", int(listen.rpartition(":")[2]))) as source:
+            source.sendall(
+                stream_writer.configuration(f"pc-q35-{version}")
+                + stream_writer.open_return_path()
+                + stream_writer.advise(PAGE, PAGE)
+            )
+            wait_until(lambda: waiting.state()[2] != before[2])
+            wait_until(lambda: len(waiting.state()[1]) > len(before[1]) + 1)
+            daemon.kill_worker()
+        wait_until(lambda: daemon.client.show("vm0")["state"] == "none")
+        daemon.client.cancel("vm0")
+        daemon.client.wait("vm0", LIMIT)
+        daemon.client.cancel("vm0")
+        waiting.wait_for_state(before)
 
 
 REFUSED = {
