@@ -116,6 +116,9 @@ class ControlClient:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = json.loads(response.read())
+            refusal = None
+            if response.status >= http.client.BAD_REQUEST:
+                refusal = ControlError(**answer["error"])
         except TimeoutError:
             raise ControlError(
                 "unreachable",
@@ -124,7 +127,7 @@ class ControlClient:
             ) from None
         except ConnectionResetError:
             raise
-        except (http.client.HTTPException, ValueError) as error:
+        except (http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ControlError(
                 "unreachable",
                 f"what listens at {self._path} does not speak as postcopyd does",
@@ -138,8 +141,8 @@ class ControlClient:
             ) from error
         finally:
             connection.close()
-        if response.status >= http.client.BAD_REQUEST:
-            raise ControlError(**answer["error"])
+        if refusal is not None:
+            raise refusal
         result: dict[str, Any] = answer
         return result
 

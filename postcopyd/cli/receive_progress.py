@@ -26,6 +26,7 @@ _DOING: Final = {
     "abandoning": "abandoned: what is missing becomes a memory error",
     "abandoned": "abandoned: a part of the memory never came",
     "failed": "failed",
+    "unreadable": "held as a process that was killed has left it",
 }
 
 

@@ -86,13 +86,19 @@ def _see_it_through(client: ControlClient, migration: dict[str, Any], as_json: b
     with ReceiveProgress(sys.stderr) as progress:
         while True:
             progress.show(migration)
-            if migration["state"] in ("end", "failed", "abandoned"):
+            if migration["state"] in ("end", "failed", "abandoned", "unreadable"):
                 break
             migration = client.wait(name, _LOOK)
     if as_json:
         print_json(migration)
     if migration["state"] == "failed":
         print_error(_PROGRAM, f"{name} has failed: {migration['failure']}", _what_now(migration))
+        return 1
+    if migration["state"] == "unreadable":
+        print_error(
+            *(_PROGRAM, f"{name} cannot be gone on with: {migration['failure']}"),
+            "its guest waits, and nothing of it is lost, until a daemon is started that can",
+        )
         return 1
     if migration["state"] == "abandoned":
         print_error(
@@ -127,8 +133,11 @@ def _print_result(migration: dict[str, Any]) -> None:
     counters, latency = migration["counters"], migration["fault_latency"]
     table = Table(show_header=False, title=f"{printable(migration['name'])} runs here")
     table.add_row("memory", format_size(migration["length"]))
-    table.add_row("downtime", f"{migration['downtime_seconds'] * 1e3:.1f} ms")
-    table.add_row("window", f"{migration['window_seconds']:.3f} s from switchover to last page")
+    # A daemon that was started when it had ended already knows neither.
+    if (downtime := migration["downtime_seconds"]) is not None:
+        table.add_row("downtime", f"{downtime * 1e3:.1f} ms")
+    if (window := migration["window_seconds"]) is not None:
+        table.add_row("window", f"{window:.3f} s from switchover to last page")
     asked = f"{counters['requests']} pages asked for, {counters['pages_around']} more around them"
     table.add_row("faults", f"{counters['faults']} ({asked})")
     if latency["count"]:

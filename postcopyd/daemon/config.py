@@ -329,7 +329,7 @@ def _find_insecure(configuration: Configuration, lines: Lines) -> list[Problem]:
     """Return what would have the daemon wait for sources of which it can know nothing."""
     tls = configuration.tls
     missing = [name for name in ("certificate", "key", "ca_certificates") if not getattr(tls, name)]
-    if 0 < len(missing) < 3:
+    if missing and tls != Tls():
         return [Problem(lines.of(("tls",)), f"[tls] has no {' and no '.join(missing)}")]
     if not missing and configuration.plain_tcp == "always":
         what = '[tls] is of no use with plain_tcp = "always"'

@@ -49,8 +49,16 @@ class HeldMigration:
 
     def view(self) -> dict[str, Any]:
         """Return what is known, in the form of a migration's (`Entry.view`)."""
-        state = State.FAILED.value if self._released.is_set() else UNREADABLE
-        report = Report(self.name, state, self._reason, vmm=None, peer=None, machine=None)
+        released = self._released.is_set()
+        report = Report(
+            self.name,
+            State.FAILED.value if released else UNREADABLE,
+            self._reason,
+            vmm=None,
+            peer=None,
+            machine=None,
+            guest_lost=released,
+        )
         values: dict[str, Any] = msgspec.to_builtins(report)
         return values | {
             "listen": (),

@@ -94,7 +94,11 @@ async def _connect_one(
     try:
         connection.setblocking(False)
         await loop.sock_connect(connection, place)
-        if family != socket.AF_UNIX and connection.getsockname() == connection.getpeername():
+        if family == socket.AF_UNIX:
+            # Where too many wait to be accepted already connect(2) answers EAGAIN, which the event
+            # loop takes for a connection under way.
+            connection.getpeername()
+        elif connection.getsockname() == connection.getpeername():
             # Tried often enough, a port that is free is given to us, and we meet ourselves.
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     except BaseException:

@@ -104,6 +104,21 @@ class QemuMonitor:
         self._connection.close()
 
 
+class _NobodyAccepts(Exception):
+    """As many wait to be accepted as may."""
+
+
+def _check_connected(connection: socket.socket) -> None:
+    """Find out what the event loop takes for a connection under way: that there is no room (EAGAIN).
+
+    :raise _NobodyAccepts: if it is that.
+    """
+    try:
+        connection.getpeername()
+    except OSError as error:
+        raise _NobodyAccepts from error
+
+
 async def _begin(path: str, connection: socket.socket, within: float) -> QMPClient:
     client = QMPClient()
     # Descriptors are passed over the connection itself, everything else over the library's copy.
@@ -111,8 +126,9 @@ async def _begin(path: str, connection: socket.socket, within: float) -> QMPClie
     try:
         async with asyncio.timeout(within):
             await asyncio.get_running_loop().sock_connect(connection, path)
+            _check_connected(connection)
             await client.connect(copy)
-    except TimeoutError:
+    except (TimeoutError, _NobodyAccepts):
         raise MonitorFailure(
             f"{path}: no greeting within {within:g} s. Another client may hold this monitor: give "
             "QEMU one of our own (-qmp unix:PATH,server=on,wait=off)"

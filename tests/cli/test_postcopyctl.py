@@ -91,7 +91,16 @@ def test_who_hangs_up_before_the_answer_is_asked_again_a_while_and_then_it_is_4(
     assert f"postcopyd at {tmp_path}/socket has hung up before it answered" in error
 
 
-@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\nno JSON"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-x\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\nno JSON",
+        b'HTTP/1.1 404 Not Found\r\n\r\n{"message": "page not found"}',
+        b'HTTP/1.1 404 Not Found\r\n\r\n{"error": "page not found"}',
+        b'HTTP/1.1 404 Not Found\r\n\r\n["page not found"]',
+    ],
+)
 def test_what_is_no_postcopyd_is_4(
     answer: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,10 @@ def mistakes(text: str) -> list[str]:
             "[tls]\ncertificate = '/c'",
             "postcopyd.toml:1: [tls] has no key and no ca_certificates",
         ),
+        (
+            "[tls]\nallowed_sources = ['CN=a']",
+            "postcopyd.toml:1: [tls] has no certificate and no key and no ca_certificates",
+        ),
         ("[tls]\nkey = 'k'", "postcopyd.toml:2: tls.key: 'k' is not an absolute path"),
         (
             f"plain_tcp = 'always'\n{TLS}",

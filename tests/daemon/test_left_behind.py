@@ -170,6 +170,7 @@ async def test_it_is_let_go_of_only_by_force(
     hosted.registry.release(it, force=True)
     assert kept.forgotten
     assert it.view()["state"] == "failed"
+    assert it.view()["guest_lost"]
     async with asyncio.timeout(LIMIT):
         await waiting
     assert not hosted.registry.held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -121,6 +122,20 @@ async def test_a_qemu_that_exits_is_told_of(path: Path) -> None:
 
 async def test_a_monitor_that_another_client_holds_is_told_of(path: Path) -> None:
     async with qemu(path), session(path):
+        with pytest.raises(MonitorFailure, match=r"Another client may hold this monitor: .*-qmp"):
+            await QemuMonitor.connect(str(path), SOON)
+
+
+@pytest.mark.usefixtures("assert_nothing_left")
+async def test_so_is_one_for_which_others_wait_already(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        while True:
+            other = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            other.setblocking(False)
+            if other.connect_ex(str(path)) == errno.EAGAIN:
+                break
         with pytest.raises(MonitorFailure, match=r"Another client may hold this monitor: .*-qmp"):
             await QemuMonitor.connect(str(path), SOON)
 
