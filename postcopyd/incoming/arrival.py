@@ -30,7 +30,7 @@ class Arrival:
         if not self.stream_ended or link is None:
             return False
         nothing_is_lost = link.urgent_ended and link.may_have_lost_pages is None
-        return nothing_is_lost or not self._recipient.filling.holdings.outstanding_pages()
+        return nothing_is_lost or not self._recipient.pages_outstanding
 
     def loss(self, link: SourceLink) -> str | None:
         """Tell why pages may be lost that are waited for; None if they are not.

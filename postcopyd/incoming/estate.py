@@ -81,12 +81,15 @@ class Estate:
     def release(self, name: str) -> None:
         """Leave nothing by that name any more."""
         self.forget(name)
-        self._left.discard(name)
         if self._keeper is not None:
             self._keeper.release(name)
 
     def forget(self, name: str) -> None:
-        """Close what a predecessor has left by that name: it is made anew."""
+        """Close what a predecessor has left by that name: it is made anew, and kept then.
+
+        Until then it is held on, but nobody goes on from it.
+        """
+        self._left.discard(name)
         descriptor = self.take(name)
         if descriptor is not None:
             os.close(descriptor)

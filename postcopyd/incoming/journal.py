@@ -16,6 +16,7 @@ at 8192, 8192 + SLOT   a slot: sequence number (64 bits), length and CRC-32 (32 
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -182,8 +183,10 @@ class Journal:
         place = _SLOTS_AT + sequence % 2 * _SLOT_SIZE
         head = _SLOT.pack(sequence, len(content), _checksum(sequence, content))
         # Not through the mapping: a machine that is out of memory gives an errno then.
-        os.pwrite(self._descriptor, content, place + _SLOT.size)
-        os.pwrite(self._descriptor, head, place)
+        for part, at in ((content, place + _SLOT.size), (head, place)):
+            written = os.pwrite(self._descriptor, part, at)
+            if written < len(part):
+                raise OSError(errno.ENOMEM, f"{written} of {len(part)} bytes were written")
         self._sequence = sequence
 
     def read(self) -> MigrationRecord | None:

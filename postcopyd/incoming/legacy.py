@@ -42,14 +42,20 @@ class Legacy:
             return self.state
         if self.state is State.FAILED or not self.record.all_came:
             return State.PAUSED
-        return State.RUNNING if self.record.loaded_at is not None else State.LISTENING
+        if self.record.loaded_at is not None:
+            return State.RUNNING
+        return State.LISTENING if self.vmm is not None else State.PAUSED
 
     @property
     def failure(self) -> str | None:
         """Why it had failed or was paused, or is paused now; None when it just goes on."""
         if self.goes_on_in in (State.RUNNING, State.LISTENING):
             return None
-        return self.record.failure or "postcopyd was restarted: the source has to come back"
+        if self.record.failure:
+            return self.record.failure
+        if self.record.all_came and self.state is not State.FAILED:
+            return "its VMM is of no use after the restart of postcopyd"
+        return "postcopyd was restarted: the source has to come back"
 
 
 @contextmanager

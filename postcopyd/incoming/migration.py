@@ -103,6 +103,7 @@ class IncomingMigration:
             self._recipient,
             self._tasks,
             link=lambda: self._standing.link,
+            all_came=lambda: self._arrival.complete,
             trace=trace,
             note=self._note,
             runs=lambda: self._ending.come_if_all_is_here(),

@@ -83,6 +83,8 @@ class Reception:
         self._placed_behind_the_end = placed_behind_the_end
         self._link: SourceLink
         self._over = False
+        self._told: set[str] = set()
+        """Blocks of which this source knows what is here."""
 
     def begin(self, link: SourceLink) -> None:
         """Receive from `link`, whose messages come here."""
@@ -136,8 +138,7 @@ class Reception:
             case EndOfStream():
                 self._take_end_of_stream()
             case ReceivedBitmapRequest():
-                bitmap = self._recipient.received_bitmap(message.block)
-                self._link.send(self._link.writer.received_bitmap(message.block, bitmap))
+                self._tell_what_is_here(message.block)
             case PostcopyResume():
                 self._go_on()
             case _:
@@ -187,6 +188,13 @@ class Reception:
             ) from None
         await self._recipient.prepare(message, self.return_path_open)
         self._course.step(State.ADVISE)
+
+    def _tell_what_is_here(self, block: str) -> None:
+        if block in self._told:
+            raise ProtocolError(f"it asks twice what is here of block {block!r}", None)
+        self._told.add(block)
+        bitmap = self._recipient.received_bitmap(block)
+        self._link.send(self._link.writer.received_bitmap(block, bitmap), asked_for=True)
 
     def _take_discard(self, message: Discard) -> None:
         if self._course.state is State.ADVISE:

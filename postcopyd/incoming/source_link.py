@@ -149,9 +149,9 @@ class SourceLink:
         """Makes return path messages; each must be sent, in the order in which it was made."""
         return self._return_path.writer
 
-    def send(self, message: bytes) -> None:
-        """Send on the return path."""
-        self._return_path.send(message)
+    def send(self, message: bytes, *, asked_for: bool = False) -> None:
+        """Send on the return path. As `ReturnPath.send`."""
+        self._return_path.send(message, asked_for=asked_for)
 
     # -- further connections ---------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from postcopyd.incoming import events
 from postcopyd.incoming.arrival import Arrival
@@ -24,6 +25,10 @@ from postcopyd.incoming.switchover import Switchover
 from postcopyd.incoming.tasks import Tasks
 from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import NothingToResume, ProtocolError
+
+
+_LONGEST_REQUEST: Final = 1 << 31
+"""Bytes; the length in a request has 32 bits (qemu-wire, 4.2)."""
 
 
 class Sourcing:
@@ -156,7 +161,7 @@ class Sourcing:
         if not runs:
             self._switchover.request_missing()
         waited_for, around = recipient.filling.ask_again()
-        self._request_pages(waited_for + around)
+        self._request_pages([piece for asked in waited_for + around for piece in _pieces(*asked)])
         self._trace(events.Resumed(link.peer, len(waited_for)))
 
     # -- what comes, and its end -----------------------------------------------------------------
@@ -301,3 +306,10 @@ class Sourcing:
         """Tell whether the source waits for us, as one does whose pre-copy has converged."""
         assert self._standing.link is not None
         return self._standing.link.main.paused or self._course.state is State.CONVERGED
+
+
+def _pieces(block: RamBlock, pages: range) -> Iterator[tuple[RamBlock, range]]:
+    """Yield requests for `pages` that are short enough."""
+    most = _LONGEST_REQUEST // block.page_size
+    for start in range(pages.start, pages.stop, most):
+        yield block, range(start, min(start + most, pages.stop))

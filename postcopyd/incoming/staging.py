@@ -190,9 +190,10 @@ class BlockStage:
         size = self.block.page_size
         pages = slice(offset // size, (offset + length + size - 1) // size)
         maps = self._maps
-        maps.received[pages] = 1
-        maps.staged[pages] = staged
+        maps.received[pages] = 0  # to a successor it has not come while it is neither
         maps.zero[pages] = zero
+        maps.staged[pages] = staged
+        maps.received[pages] = 1
 
     def close(self) -> None:
         """Release mapping and file. Idempotent."""

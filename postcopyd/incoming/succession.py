@@ -111,6 +111,8 @@ class Succession:
         self._standing.preempt = record.preempt
         if record.source is not None:
             recipient.restore_source(record.source)
+            if record.all_came:
+                recipient.loading.all_came()
             self._standing.resume = ResumeState(
                 recipient.block_entries, record.source.section_id, record.source.target_page_size
             )
@@ -119,7 +121,7 @@ class Succession:
         self._standing.guest_lost = state is State.FAILED
         if self._course.state in WAITS_FOR_MEMORY:
             self._waits_for_memory()
-        if self._course.state is State.PAUSED:
+        if self._course.state is State.PAUSED and not record.all_came:
             # Its source has to come back, so it has to see that this connection is of no use.
             self._farewell.release()
         self._farewell.inherit()

@@ -24,6 +24,7 @@ class Switchover:
         tasks: Tasks,
         *,
         link: Callable[[], SourceLink | None],
+        all_came: Callable[[], bool],
         trace: Callable[[events.Event], None],
         note: Callable[[], None],
         runs: Callable[[], None],
@@ -31,6 +32,7 @@ class Switchover:
         """Do nothing before the source says that it switches over.
 
         :param link: gives what connects us with the source, if anything does now.
+        :param all_came: tells whether all that the source has is here, so that it need not be.
         :param trace: told of what happens once.
         :param note: tells a successor how it stands.
         :param runs: told when the VMM has become the guest.
@@ -39,6 +41,7 @@ class Switchover:
         self._recipient = recipient
         self._tasks = tasks
         self._link = link
+        self._all_came = all_came
         self._trace = trace
         self._note = note
         self._runs = runs
@@ -128,7 +131,7 @@ class Switchover:
     async def replace(self) -> None:
         """Go on with another VMM where the one before has ended."""
         await self._recipient.move()
-        if self._link() is not None:
+        if self._link() is not None or self._all_came():
             self._course.step(State.LISTENING)
             self._course.failure = None
         self._begin_load()

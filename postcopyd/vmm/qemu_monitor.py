@@ -109,7 +109,7 @@ class _NobodyAccepts(Exception):
 
 
 def _check_connected(connection: socket.socket) -> None:
-    """Find out what the event loop takes for a connection under way: that there is no room (EAGAIN).
+    """Find out that there is no room (EAGAIN), which the event loop takes for a connection coming.
 
     :raise _NobodyAccepts: if it is that.
     """
