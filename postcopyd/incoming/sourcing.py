@@ -26,7 +26,6 @@ from postcopyd.incoming.tasks import Tasks
 from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import NothingToResume, ProtocolError
 
-
 _LONGEST_REQUEST: Final = 1 << 31
 """Bytes; the length in a request has 32 bits (qemu-wire, 4.2)."""
 

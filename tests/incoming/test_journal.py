@@ -177,6 +177,19 @@ def test_a_record_that_is_too_long_leaves_the_one_before(journal: Journal) -> No
     assert journal.read() == record
 
 
+def test_a_record_that_is_written_in_part_leaves_the_one_before(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = MigrationRecord(state="running")
+    journal.write(record)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, place: pwrite(file, data[:-1], place))
+    for _ in range(2):
+        with pytest.raises(OSError, match="bytes were written"):
+            journal.write(MigrationRecord(state="paused"))
+        assert journal.read() == record
+
+
 def test_events_are_found_by_a_successor(journal: Journal) -> None:
     journal.events[:4] = b"read"
     heir = successor(journal)

@@ -214,6 +214,22 @@ async def test_who_connects_to_a_paused_migration_and_says_nothing_is_dropped(
     await send_the_rest(engine, source, here)
 
 
+async def test_a_source_that_asks_twice_what_is_here_of_one_block_is_wrong(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES)
+    await broken(engine)
+    source = come_back(engine)
+    here = await ask_what_is_here(source)
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await engine.reach(State.PAUSED)
+    assert engine.migration.failure == "it asks twice what is here of block 'pc.ram'"
+    source = come_back(engine)
+    assert await ask_what_is_here(source) == here
+    await go_on(source)
+    await send_the_rest(engine, source, here)
+
+
 async def test_a_new_stream_is_no_way_to_resume(make_engine: MakeEngine) -> None:
     engine = make_engine(pages=PAGES)
     await broken(engine)
