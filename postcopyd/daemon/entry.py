@@ -131,6 +131,7 @@ class Entry:
             names,
             let_in=self._let_in,
             refused=self._refused,
+            expect=self._expect,
         )
         self._estate = estate
         self._migration: IncomingMigration | None = IncomingMigration(
@@ -279,6 +280,11 @@ class Entry:
         except (Refused, OSError) as error:
             connection.close()
             self._refused(peer, str(error))
+
+    def _expect(self, connection: socket.socket) -> Callable[[bool], None]:
+        if self._migration is None:
+            return lambda _: None
+        return self._migration.expect_stream(connection)
 
     def _refused(self, peer: str, reason: str) -> None:
         event_log.log_source_refused(self.name, peer, reason)

@@ -98,6 +98,7 @@ class Gate:
         *,
         let_in: Callable[[Connection, str], None],
         refused: Callable[[str, str], None],
+        expect: Callable[[socket.socket], Callable[[bool], None]],
     ) -> None:
         """Ask what `security` says.
 
@@ -105,6 +106,7 @@ class Gate:
         :param let_in: takes a connection over and is told who it is, such as
             ``192.0.2.1:40123, CN=node7``.
         :param refused: told who it was and why.
+        :param expect: told of a connection that may be let in soon. As in `Handshakes`.
         """
         self.security = security
         self._rules = rules
@@ -115,7 +117,11 @@ class Gate:
         if security == "tls":
             assert rules.identity is not None
             self._handshakes = Handshakes(
-                rules.identity, rules.handshake_timeout, done=self._shaken, refused=refused
+                rules.identity,
+                rules.handshake_timeout,
+                done=self._shaken,
+                refused=refused,
+                expect=expect,
             )
 
     def take(self, connection: socket.socket) -> None:

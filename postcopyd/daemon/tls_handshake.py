@@ -44,6 +44,7 @@ class Handshakes:
         *,
         done: Callable[[ssl.SSLSocket, str], None],
         refused: Callable[[str, str], None],
+        expect: Callable[[socket.socket], Callable[[bool], None]],
     ) -> None:
         """Begin with none.
 
@@ -51,12 +52,15 @@ class Handshakes:
         :param done: takes over a connection whose other end has a valid certificate, and is told
             its address.
         :param refused: told the address and why a connection was closed.
+        :param expect: told of each connection; what it returns is called when its handshake is
+            over, with True if it was broken off: nobody knows then whose it was.
         """
+        self._expect = expect
         self._identity = identity
         self._timeout = timeout
         self._done = done
         self._refused = refused
-        self._under_way: dict[asyncio.Task[None], str] = {}
+        self._under_way: dict[asyncio.Task[bool], str] = {}
 
     def begin(self, connection: socket.socket, address: str) -> None:
         """Take over a non-blocking connection, and see to it."""
@@ -67,13 +71,15 @@ class Handshakes:
                 f"its TLS handshake has taken longest, and {_LIMIT} others are under way",
             )
             oldest.cancel()
+        over = self._expect(connection)
         task = asyncio.get_running_loop().create_task(self._see_to(connection, address))
         self._under_way[task] = address
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[bool]) -> None:
             self._under_way.pop(task, None)
             if task.cancelled():
                 connection.close()  # it may not even have begun
+            over(task.cancelled() or task.exception() is not None or task.result())
 
         task.add_done_callback(ended)
 
@@ -84,7 +90,9 @@ class Handshakes:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _see_to(self, connection: socket.socket, address: str) -> None:
+    async def _see_to(self, connection: socket.socket, address: str) -> bool:
+        """Return when it is done or has failed: then True if it may have been a source's."""
+        lost = False
         try:
             async with asyncio.timeout(self._timeout):
                 await _check_first_byte(connection)
@@ -95,20 +103,24 @@ class Handshakes:
                 await self._shake(connection)
         except TimeoutError:
             reason = f"its TLS handshake was not done within {self._timeout:g} s"
+            lost = True
         except _NoTls as error:
             reason = str(error)
         except ssl.SSLError as error:
             reason = _explain(error)
+            lost = isinstance(error, ssl.SSLEOFError)
         except (OSError, ValueError) as error:
             reason = f"it went away in the middle of its TLS handshake: {error}"
+            lost = True
         except BaseException:
             connection.close()
             raise
         else:
             self._done(connection, address)
-            return
+            return False
         connection.close()
         self._refused(address, reason)
+        return lost
 
     async def _shake(self, tls: ssl.SSLSocket) -> None:
         while True:

@@ -9,6 +9,7 @@ and what becomes of it when its process dies (`succession.py`). Here they are pu
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 from postcopyd.incoming import events
@@ -254,6 +255,14 @@ class IncomingMigration:
         :raise Refused: if it is too late for one. `connection` then still is the caller's.
         """
         self._sourcing.attach(connection, peer)
+
+    def expect_stream(self, connection: socket.socket) -> Callable[[bool], None]:
+        """Be told that `connection` may be attached soon, because its handshake is under way.
+
+        :return: to be called when it was attached, or will not be: then with True if a source may
+            have made it, so that something may be lost with it.
+        """
+        return self._sourcing.expect(connection)
 
     def cancel(self, reason: str, force: bool = False) -> asyncio.Future[None]:
         """End it. Before the package the source goes on; after it the guest is lost.

@@ -101,6 +101,8 @@ class SourceLink:
         self._preempt_ended = False
         self._silent: dict[int, tuple[Connection, str]] = {}
         self._blocks: tuple[BlockEntry, ...] = resume.blocks if resume else ()
+        self._expected = 0
+        """How many connections may be added soon."""
         self._patience: asyncio.TimerHandle | None = None
         self._returning: tuple[Connection, str] | None = None
         self._goodbye: Goodbye | None = None
@@ -169,6 +171,26 @@ class SourceLink:
         descriptor = connection.fileno()
         self._silent[descriptor] = (connection, peer)
         self._loop.add_reader(descriptor, self._look, descriptor)
+        self._bear_silence()
+
+    def expect(self, connection: socket.socket) -> Callable[[bool], None]:
+        """Count with a connection whose handshake is under way; it may be a preempt channel, too.
+
+        :return: to be called when it is added, or will not be: then with True if a source may have
+            made it.
+        """
+        if not _same_origin(connection, self.connection):
+            return lambda _: None
+        self._expected += 1
+
+        def over(lost: bool) -> None:
+            self._expected -= 1
+            if lost:
+                self._lost_silently = "was lost in its handshake"
+            if not self._closed:
+                self._silence_ended()
+
+        return over
 
     def blocks_known(self, blocks: tuple[BlockEntry, ...]) -> None:
         """Say what a preempt channel may bring. One that speaks before waits for this."""
@@ -309,7 +331,9 @@ class SourceLink:
         on its way, and no order is kept between that and the end of the main stream. When there is
         a preempt channel it is none: a source has one.
         """
-        return self._preempt_ended if self.preempt is not None else not self._silent
+        if self.preempt is not None:
+            return self._preempt_ended
+        return not self._silent and not self._expected
 
     @property
     def may_have_lost_pages(self) -> str | None:
@@ -336,10 +360,14 @@ class SourceLink:
         self._main_ended = True
         if self.main.ending is not None:
             self._end(self.main.ending)
-        if self._silent:
+        self._bear_silence()
+
+    def _bear_silence(self) -> None:
+        if self._main_ended and self._silent and self._patience is None:
             self._patience = self._loop.call_later(self._settings.break_after, self._drop_silent)
 
     def _drop_silent(self) -> None:
+        self._patience = None
         for descriptor, (connection, _) in self._silent.items():
             self._loop.remove_reader(descriptor)
             connection.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -135,6 +136,11 @@ class Sourcing:
         self._trace(events.StreamAttached(peer))
         self._idle.begin(self._settings.first_byte_timeout, self._settings.idle_timeout)
         reception.begin(link)
+
+    def expect(self, connection: socket.socket) -> Callable[[bool], None]:
+        """Count with a connection that may be attached soon. As `SourceLink.expect`."""
+        link = self._standing.link
+        return link.expect(connection) if link is not None else lambda _: None
 
     def _take_anew(self, connections: list[tuple[Connection, str]]) -> None:
         """Take the connections of a source, in this order, in the place of what there is."""

@@ -166,6 +166,7 @@ def test_a_connection_that_has_gone_before_it_is_looked_at_is_nobody_to_refuse(
         AllowedNames(()),
         let_in=lambda connection, peer: refused.append(f"let in: {peer}"),
         refused=lambda peer, reason: refused.append(reason),
+        expect=lambda _: lambda _: None,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as source:

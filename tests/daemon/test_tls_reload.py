@@ -134,7 +134,11 @@ async def refusal(identity: TlsIdentity, issued: Issued) -> str | None:
     near, far = socket.socketpair()
     near.setblocking(False)
     handshakes = Handshakes(
-        identity, LIMIT, done=done, refused=lambda _, reason: ended.set_result(reason)
+        identity,
+        LIMIT,
+        done=done,
+        refused=lambda _, reason: ended.set_result(reason),
+        expect=lambda _: lambda _: None,
     )
     handshakes.begin(near, "a source")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -57,6 +57,7 @@ async def come_back_with_the_rest(engine: Engine) -> None:
     await source.end()
     assert await source.wait_for_shut() == Shut(0)
     assert await engine.guest.content() == CONTENT
+    assert engine.vmm.load is not None
     fed = {block.name: block for block in engine.vmm.load.blocks}
     assert bytes(fed["pc.rom"].content) == ROM
 
