@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 DEADLINE: Final = 30.0
 """Seconds for any one thing that QEMU is waited for."""
+_BOOTS: Final = 2
+"""How often a guest is started that does not boot."""
 _OPERATOR_WAITS: Final = 1.0
 """Seconds before a source is told to resume."""
 
@@ -270,10 +273,37 @@ async def running_qemu(
     directory: Path, machine: Machine, *, name: str = "source"
 ) -> AsyncIterator[Qemu]:
     """Start the machine, wait until its guest uses its memory, and end it at the end."""
-    async with _started(directory, machine, name) as qemu:
-        await qemu.set_capabilities("postcopy-ram", "events")
-        await qemu.within_deadline(machine.guest.ready(qemu), "the guest is ready")
+    async with contextlib.AsyncExitStack() as running:
+        qemu = await _booted(running, directory, machine, name)
         yield qemu
+
+
+async def _booted(
+    running: contextlib.AsyncExitStack, directory: Path, machine: Machine, name: str
+) -> Qemu:
+    """Start the machine and wait for its guest; `running` ends it.
+
+    A guest of four processors under TCG was seen to hang while it boots. Nothing of ours has come
+    near it by then, so it is started again; where it hung is printed.
+    """
+    for tries_left in reversed(range(_BOOTS)):
+        async with contextlib.AsyncExitStack() as trying:
+            qemu = await trying.enter_async_context(_started(directory, machine, name))
+            await qemu.set_capabilities("postcopy-ram", "events")
+            try:
+                await qemu.within_deadline(machine.guest.ready(qemu), "the guest is ready")
+            except QemuFailure as failure:
+                registers = await qemu.execute(
+                    "human-monitor-command", command_line="info registers -a"
+                )
+                where = re.findall(r"RIP=\w+", registers)
+                if qemu.heartbeat.is_ready or not tries_left:
+                    raise
+                print(f"{failure}; {where}; it is started again", file=sys.stderr)
+                continue
+            running.push_async_exit(trying.pop_all())
+            return qemu
+    raise AssertionError("the last try raises or returns")
 
 
 @contextlib.asynccontextmanager
