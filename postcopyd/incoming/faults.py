@@ -187,7 +187,9 @@ class FaultHandler:
             offset = page * size
             if not self._placer.try_run(block, offset, size, stage.address_of(offset, size)):
                 return False
-            if not self.keep_staged:
+            if self.keep_staged:
+                self._placer.placed_of_staged.add(block.address + offset)
+            else:
                 stage.release(page, 1)
             return True
         if maps.zero[page] or not self._sees_removals:

@@ -6,7 +6,7 @@ The rule of this file: a page is placed once. Whatever the kernel answers, it is
 all placed        the pages are marked received, the faults that waited for them are done
 a part placed     go on behind it
 EEXIST            the VMM has the page already: count it, wake it, never overwrite (but see
-                  `_answer` for huge pages)
+                  `_is_there` for huge pages)
 EAGAIN            the VMM's memory layout is changing (an unread event, a fork): put off
 ENOMEM, ENOSPC    no memory for the VMM now: put off
 ENOENT            the range is not mapped or not registered any more: the VMM gave it up, drop it
@@ -89,6 +89,8 @@ class Placer:
         self.any_removed = False
         """True once the VMM has removed memory: only then need a page be looked up before it is
         placed."""
+        self.placed_of_staged: set[int] = set()
+        """VMM address of each host page that is placed and still staged: before the guest runs."""
         huge = max((block.page_size for block in blocks), default=0)
         # Huge pages have no UFFDIO_ZEROPAGE: zeros are copied from a page that nobody ever wrote,
         # so that the kernel's one zero page stands behind all of it.
@@ -272,10 +274,7 @@ class Placer:
             self._settle(block, range(run.offset, run.offset + result, size))
             self._skip(run, result)
         elif result == _PRESENT:
-            if size > HOST_PAGE_SIZE and not maps.received[page] and not free_huge_pages(size):
-                # With its pool empty the kernel says EEXIST where it means ENOMEM, because it
-                # finds the slot of the page table that it has just made (hugetlb_mfill_atomic_pte
-                # of Linux 6.18). Believing it would lose the page.
+            if size > HOST_PAGE_SIZE and not self._is_there(block, page):
                 return False
             counters.pages_duplicate += 1
             maps.received[page] = 1
@@ -294,6 +293,19 @@ class Placer:
         else:
             raise VmmGone(f"placing {block.name!r} at {run.offset:#x}: the VMM has exited")
         return True
+
+    def _is_there(self, block: RamBlock, page: int) -> bool:
+        """Tell whether a huge page is there of which the kernel says so.
+
+        With its pool empty the kernel says EEXIST where it means ENOMEM, because it finds the slot
+        of the page table that it has just made (hugetlb_mfill_atomic_pte of Linux 6.18). Believing
+        it would lose the page.
+        """
+        maps = self._maps[block.index]
+        size = block.page_size
+        if maps.received[page] and not maps.staged[page]:
+            return True
+        return block.address + page * size in self.placed_of_staged or free_huge_pages(size) > 0
 
     @staticmethod
     def _skip(run: _Run, length: int) -> None:

@@ -9,21 +9,23 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from postcopyd.incoming.states import State
+from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.wire.return_path import PageRequest
 from tests.incoming.engine import Engine, image
-from tests.incoming.guest import LIMIT, PAGE
+from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
 from tests.torture.guest_memory import GuestElsewhere, engine_for
 
-HUGE_PAGES = 2 << 20
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")
 
 MakeMigration = Callable[[int], tuple[GuestElsewhere, Engine]]
+MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ async def test_a_page_that_comes_twice_does_not_undo_what_the_guest_wrote_in_bet
 async def test_huge_pages_do_not_form_over_pages_that_have_yet_to_come(
     migration: MakeMigration,
 ) -> None:
-    pages = 2 * HUGE_PAGES // PAGE
+    pages = 2 * HUGE // PAGE
     guest, engine = migration(pages)
     content = image(64)
     await runs(engine, guest.length)
@@ -226,3 +228,59 @@ async def test_a_vmm_at_its_limit_of_memory_is_filled_when_it_has_more(
     )
     assert there == hashlib.sha256(content).hexdigest()
     guest.process.kill()
+
+
+@contextmanager
+def used_up_pool() -> Iterator[None]:
+    """All huge pages that are free are promised to somebody else."""
+    free = free_huge_pages(HUGE)
+    hungry = Guest(pages=free, page_size=HUGE) if free else None
+    yield
+    if hungry is not None:
+        hungry.close()
+
+
+async def put_off(engine: Engine) -> None:
+    """Return when something could not be placed."""
+    async with asyncio.timeout(LIMIT):
+        while not engine.migration.report().counters.retries:
+            await asyncio.sleep(0)
+
+
+async def test_staged_huge_pages_wait_for_a_pool_that_is_used_up(
+    make_engine: MakeEngine, huge_pages: Callable[[int], None]
+) -> None:
+    """The kernel says then that they are there already."""
+    huge_pages(2)
+    engine = make_engine(pages=2, page_size=HUGE, reserve=False)
+    content = image(2, HUGE)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 2 * HUGE, PAGE))
+    with used_up_pool():
+        await engine.source.switch_over({})
+        await engine.reach(State.RUNNING)
+        await put_off(engine)
+    await ends_well(engine)
+    assert await engine.guest.content() == content
+
+
+async def test_a_huge_page_that_was_placed_for_the_devices_holds_nothing_up_in_a_used_up_pool(
+    make_engine: MakeEngine, huge_pages: Callable[[int], None]
+) -> None:
+    """A pool has as many pages as its guest needs, so used up is what it usually is."""
+    huge_pages(2)
+    engine = make_engine(pages=2, page_size=HUGE)
+    content = image(2, HUGE)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 2 * HUGE, PAGE))
+    await engine.source.switch_over({})
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    assert await asyncio.to_thread(engine.guest.touch(1).result) == content[HUGE : HUGE + PAGE]
+    with used_up_pool():
+        engine.vmm.may_load.set()
+        await engine.reach(State.RUNNING)
+        await ends_well(engine)
+    assert await engine.guest.content() == content
