@@ -248,12 +248,16 @@ class MemoryFilling:
     ) -> bool:
         if not self._keeps(block):
             return self._placer.place_host_page(block, offset, address)
+        page = offset // block.page_size
+        if self._placer.any_removed and self.holdings.page_map[block.index].zero[page]:
+            self._counters.pages_removed += 1
+            return True
         stage = self.holdings.stages[block.index]
         if address:
             stage.write(offset, content)
         else:
             stage.write_zeros(offset, block.page_size)
-        self._serve_waiters(block, [offset // block.page_size])
+        self._serve_waiters(block, [page])
         return True
 
     def inherit(self) -> None:

@@ -146,6 +146,26 @@ async def test_what_is_given_back_while_it_is_filled_is_zeros_and_the_rest_is_ri
         assert came[page * PAGE : (page + 1) * PAGE] == wanted, page
 
 
+async def test_a_huge_page_that_is_given_back_before_the_guest_runs_is_zeros(
+    make_engine: MakeEngine, huge_pages: Callable[[int], None]
+) -> None:
+    huge_pages(2)
+    engine = make_engine(pages=2, page_size=HUGE)
+    content = image(2, HUGE)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, 2 * HUGE)]})
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    await asyncio.to_thread(engine.guest.remove(1).join, LIMIT)
+    await engine.source.postcopy("pc.ram", content, range(0, 2 * HUGE, PAGE))
+    engine.vmm.may_load.set()
+    await engine.reach(State.RUNNING)
+    await ends_well(engine)
+    assert engine.migration.report().counters.pages_removed == 1
+    assert await engine.guest.content() == content[:HUGE] + bytes(HUGE)
+
+
 async def test_a_page_that_comes_twice_does_not_undo_what_the_guest_wrote_in_between(
     migration: MakeMigration,
 ) -> None:
