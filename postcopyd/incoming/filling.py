@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 
 from bitarray import bitarray
@@ -422,11 +423,14 @@ class MemoryFilling:
         stage = self.holdings.stages[index]
         try:
             placed = self._placer.try_run(block, offset, length, stage.address_of(offset, length))
-        except VmmGone as error:
-            self._fail(error)
-            return
+            if placed:
+                stage.release(first, count)
+        except (VmmGone, OSError) as error:
+            if not isinstance(error, OSError) or error.errno != errno.ENOMEM:
+                self._fail(error)
+                return
+            placed = False
         if placed:
-            stage.release(first, count)
             self._loop.call_soon(self._place_staged)
         else:
             self._counters.retries += 1

@@ -6,6 +6,7 @@ The VMM is a process of its own. docs/reliability.md has a table of all of these
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
 from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.wire.return_path import PageRequest
@@ -258,6 +260,41 @@ def used_up_pool() -> Iterator[None]:
     yield
     if hungry is not None:
         hungry.close()
+
+
+def fails_once(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, code: int
+) -> Callable[[], bool]:
+    """Have a method fail the next time it is called; return who tells whether it was."""
+    original = getattr(owner, name)
+    calls: list[object] = []
+
+    def method(self: object, *arguments: object) -> object:
+        calls.append(self)
+        if len(calls) == 1:
+            raise OSError(code, os.strerror(code))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, method)
+    return lambda: bool(calls)
+
+
+@pytest.mark.parametrize("what", ["address_of", "release"])
+async def test_what_is_staged_is_placed_when_there_is_memory_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The staging is mapped a piece at a time, and given back so: either takes memory of ours."""
+    engine = make_engine(pages=128)
+    content = image(128)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 128 * PAGE, PAGE))
+    failed = fails_once(monkeypatch, BlockStage, what, errno.ENOMEM)
+    await engine.source.switch_over({})
+    await ends_well(engine)
+    assert failed()
+    assert not engine.failures
+    assert await engine.guest.content() == content
 
 
 async def put_off(engine: Engine) -> None:
