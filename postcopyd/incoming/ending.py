@@ -123,8 +123,10 @@ class Ending:
         self._tasks.begin_for_vmm(self._poison())
 
     async def _poison(self) -> None:
+        filling = self._recipient.filling
+        filling.go_on()
         try:
-            await self._recipient.filling.poison_missing()
+            await filling.poison_missing()
         except VmmGone as error:
             self._vmm_gone(error)
         else:

@@ -155,6 +155,7 @@ class Sourcing:
         link.send(link.writer.resume_ack())
         if not runs:
             self._switchover.request_missing()
+        recipient.filling.go_on()
         waited_for, around = recipient.filling.ask_again()
         self._request_pages(waited_for + around)
         self._trace(events.Resumed(link.peer, len(waited_for)))

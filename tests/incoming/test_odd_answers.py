@@ -18,9 +18,11 @@ import pytest
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
 from postcopyd.kernel.huge_pages import free_huge_pages
+from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest
-from tests.incoming.engine import Engine, image
+from tests.incoming.engine import Engine, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
+from tests.incoming.test_recovery import go_on, seen
 from tests.torture.guest_memory import GuestElsewhere, engine_for
 
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
@@ -295,6 +297,78 @@ async def test_what_is_staged_is_placed_when_there_is_memory_again(
     assert failed()
     assert not engine.failures
     assert await engine.guest.content() == content
+
+
+@pytest.mark.parametrize("who", ["a fault", "the background"])
+async def test_what_cannot_be_read_of_the_staging_is_tried_again_when_the_source_is_back(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 12 * PAGE, PAGE))
+    await engine.source.switch_over({})
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    fails_once(monkeypatch, BlockStage, "address_of", errno.EIO)
+    touch = engine.guest.touch(3) if who == "a fault" else None
+    if touch is None:
+        engine.vmm.may_load.set()
+    await engine.reach(State.PAUSED)
+    assert engine.migration.failure == "filling the memory failed: [Errno 5] Input/output error"
+    source = Source(engine.connect_again(), engine.source.blocks)
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await go_on(source)
+    if touch is not None:
+        assert await asyncio.to_thread(touch.result) == content[3 * PAGE : 4 * PAGE]
+        engine.vmm.may_load.set()
+    await source.postcopy("pc.ram", content, range(12 * PAGE, 16 * PAGE, PAGE))
+    await source.end()
+    assert (await source.wait_for_shut()).status == 0
+    assert await engine.guest.content() == content
+
+
+async def test_what_cannot_be_read_of_the_staging_is_tried_again_before_the_rest_is_abandoned(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 12 * PAGE, PAGE))
+    fails_once(monkeypatch, BlockStage, "address_of", errno.EIO)
+    await engine.source.switch_over({})
+    await engine.reach(State.PAUSED)
+    engine.migration.abandon(force=False)
+    await engine.finish()
+    assert engine.migration.state is State.ABANDONED
+    for page in range(12):
+        here = content[page * PAGE : (page + 1) * PAGE]
+        assert await asyncio.to_thread(engine.guest.read, page) == here
+
+
+async def test_a_mistake_behind_a_page_that_was_put_off_ends_its_stream_alone(
+    make_engine: MakeEngine, huge_pages: Callable[[int], None]
+) -> None:
+    huge_pages(4)
+    engine = make_engine(pages=4, page_size=HUGE, reserve=False)
+    content = image(4, HUGE)
+    await runs(engine, 4 * HUGE)
+    await engine.source.postcopy("pc.ram", content, range(0, HUGE - PAGE, PAGE))
+    await seen(engine.source)
+    with used_up_pool():
+        writer = engine.source.writer
+        # In one message: the end of a huge page, and others that interrupt each other.
+        offsets = [HUGE - PAGE, *range(2 * HUGE + PAGE, 2 * HUGE + 13 * PAGE, 3 * PAGE)]
+        records = [writer.page("pc.ram", offset) + content[:PAGE] for offset in offsets]
+        await engine.source.send(writer.ram_part(), *records)
+        await put_off(engine)
+    await engine.reach(State.PAUSED)
+    assert "begins at" in (engine.migration.failure or "")
+    # Faults and removals are read on.
+    await asyncio.to_thread(engine.guest.remove(3).join, LIMIT)
+    assert await asyncio.to_thread(engine.guest.touch(3).result) == bytes(PAGE)
 
 
 async def put_off(engine: Engine) -> None:
