@@ -139,7 +139,7 @@ class Ending:
         self._standing.missing = holdings.missing_ranges()
         length = sum(missing.length for missing in self._standing.missing)
         self._trace(events.Abandoned(holdings.missing_pages(), length))
-        with contextlib.suppress(OSError):  # it has exited, or has given up a block
+        with contextlib.suppress(OSError):  # it has exited
             self._recipient.filling.finish()
         self._settle()
         self._tasks.end_with_vmm()

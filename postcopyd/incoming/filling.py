@@ -364,7 +364,12 @@ class MemoryFilling:
         never_sent = self.holdings.missing_pages()
         self.stop()
         for block in self.holdings.blocks:
-            self._memory.userfaultfd.unregister(block.address, block.length)
+            try:
+                self._memory.userfaultfd.unregister(block.address, block.length)
+            except OSError as error:
+                # The VMM has unmapped the whole block: nobody can wait there.
+                if error.errno != errno.EINVAL:
+                    raise
         # A thread of the VMM that gave memory back sleeps until its event is read.
         self._faults.drain()
         self.waiting.clear()

@@ -17,10 +17,11 @@ import pytest
 
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
+from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest
-from tests.incoming.engine import Engine, Source, image
+from tests.incoming.engine import Engine, InProcessVmm, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
 from tests.incoming.test_recovery import go_on, seen
 from tests.torture.guest_memory import GuestElsewhere, engine_for
@@ -98,6 +99,38 @@ async def test_memory_that_moves_away_while_it_is_filled_is_dropped_and_the_rest
     await engine.source.postcopy("pc.ram", content, range(96 * PAGE, 128 * PAGE, PAGE))
     await ends_well(engine)
     assert await guest.content(0, 64) == content[: 64 * PAGE]
+
+
+@pytest.mark.parametrize("abandoned", [False, True], ids=["complete", "abandoned"])
+async def test_a_whole_block_that_is_unmapped_does_not_keep_the_others_from_their_end(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, abandoned: bool
+) -> None:
+    """The kernel has nothing to unregister then, and says EINVAL."""
+    engine = make_engine(pages=16)
+    content = image(16)
+    with Guest(pages=4, name="dimm1", register=False) as dimm:
+        own = engine.guest.memory
+        memory = GuestMemory(dimm.memory.blocks + own.blocks, own.userfaultfd, registered=False)
+        monkeypatch.setattr(InProcessVmm, "memory", memory)
+        engine.source.add_block("dimm1", 4 * PAGE)
+        engine.attach()
+        await engine.source.advise()
+        await engine.source.switch_over({"pc.ram": [(0, 16 * PAGE)], "dimm1": [(0, 4 * PAGE)]})
+        await engine.reach(State.RUNNING)
+        await asyncio.to_thread(dimm.unmap(0, 4).join, LIMIT)
+        dimm.pages = 0  # for its end: whatever is mapped there now is another's
+        await engine.source.postcopy("pc.ram", content, range(0, 16 * PAGE, PAGE))
+        if abandoned:
+            await seen(engine.source)
+            engine.migration.abandon(force=True)
+            await engine.finish()
+            assert engine.migration.state is State.ABANDONED
+        else:
+            await engine.source.postcopy("dimm1", content, range(0, 4 * PAGE, PAGE))
+            await ends_well(engine)
+    assert await engine.guest.content() == content
+    # Nothing is watched any more.
+    assert own.userfaultfd.zeropage(engine.guest.address, PAGE) == -errno.ENOENT
 
 
 async def test_a_vmm_that_exits_with_faults_outstanding_ends_its_migration(
