@@ -82,6 +82,8 @@ class Ending:
                 self.without_the_rest()
             return
         if not self._arrival.complete and self.all_came() and not recipient.stalled:
+            if recipient.loaded_at is None:
+                recipient.filling.all_came()
             self._arrival.complete = True
             self._note()
         if not recipient.may_be_done or not self._arrival.complete:

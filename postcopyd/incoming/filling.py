@@ -89,6 +89,7 @@ class MemoryFilling:
         self._listening = False
         self._broken_off = False
         self._runs = False
+        self._never_sent = 0
         self._timer: asyncio.TimerHandle | None = None
         self._retry_delay = _RETRY_FIRST
         self._stage_cursor: tuple[int, int] | None = None
@@ -352,6 +353,21 @@ class MemoryFilling:
 
     # -- the end of placing ----------------------------------------------------------------------
 
+    def all_came(self) -> None:
+        """Take what has not come for zeros, and give them to who waits: nothing more comes.
+
+        For a VMM that has not run: its devices may wait for them, and `finish` waits for it.
+        """
+        self._never_sent += self.holdings.missing_pages()
+        self.holdings.all_came()
+        try:
+            for address in tuple(self.waiting):
+                block = self.holdings.blocks.block_at(address)
+                assert block is not None
+                self._serve_waiters(block, [(address - block.address) // block.page_size])
+        except (VmmGone, OSError) as error:
+            self._fail(error)
+
     def finish(self) -> int:
         """End the filling: every page that can come has come.
 
@@ -361,7 +377,7 @@ class MemoryFilling:
         :return: number of host pages that were never sent.
         :raise OSError: if the kernel refuses to unregister.
         """
-        never_sent = self.holdings.missing_pages()
+        never_sent = self._never_sent + self.holdings.missing_pages()
         self.stop()
         for block in self.holdings.blocks:
             try:
