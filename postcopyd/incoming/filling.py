@@ -20,10 +20,8 @@ from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.kernel.userfaultfd import (
-    Feature,
     Operation,
     RegisterMode,
-    features_of,
     removals_in,
 )
 from postcopyd.ram.block import RamBlock
@@ -116,7 +114,6 @@ class MemoryFilling:
             self._blocktime,
         )
         memory.userfaultfd.read_into(self._events)
-        features = features_of(memory.userfaultfd.fileno()) or Feature(0)
         faults = FaultHandler(
             memory.userfaultfd,
             holdings.blocks,
@@ -128,7 +125,6 @@ class MemoryFilling:
             blocktime=self._blocktime,
             request=self._request,
             removed=self._removed,
-            sees_removals=Feature.EVENT_REMOVE in features,
         )
         return placer, faults
 
