@@ -112,6 +112,7 @@ class MemoryFilling:
             self._counters,
             self._latency,
             self._blocktime,
+            frozenset(stage.block.index for stage in holdings.stages if stage.direct),
         )
         memory.userfaultfd.read_into(self._events)
         faults = FaultHandler(

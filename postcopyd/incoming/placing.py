@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -71,19 +71,23 @@ class Placer:
         counters: Counters,
         latency: Histogram,
         blocktime: Blocktime | None,
+        shared: Container[int],
     ) -> None:
         """Place into `blocks` through `userfaultfd`.
 
         :param blocktime: told when threads go on; None when their ids are not known.
+        :param shared: the indices of the blocks of shared memory.
         """
         self._copy = userfaultfd.copy
         self._zeropage = userfaultfd.zeropage
+        self._continue = userfaultfd.continue_range
         self._wake = userfaultfd.wake
         self._maps = page_map
         self._waiting = waiting
         self._counters = counters
         self._latency = latency
         self._blocktime = blocktime
+        self._shared = shared
         self.pending: deque[_Run] = deque()
         """Runs that were put off, in order."""
         self.any_removed = False
@@ -299,13 +303,24 @@ class Placer:
 
         With its pool empty the kernel says EEXIST where it means ENOMEM, because it finds the slot
         of the page table that it has just made (hugetlb_mfill_atomic_pte of Linux 6.18). Believing
-        it would lose the page.
+        it would lose the page. UFFDIO_CONTINUE takes no page, and fails with EFAULT if none is in
+        the file; private memory has nobody to ask but the pool.
         """
         maps = self._maps[block.index]
         size = block.page_size
         if maps.received[page] and not maps.staged[page]:
             return True
-        return block.address + page * size in self.placed_of_staged or free_huge_pages(size) > 0
+        address = block.address + page * size
+        if address in self.placed_of_staged:
+            return True
+        if block.index in self._shared:
+            try:
+                return self._continue(address, size) in (size, _PRESENT)
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    return False
+                # Linux before 5.13 does not know it.
+        return free_huge_pages(size) > 0
 
     @staticmethod
     def _skip(run: _Run, length: int) -> None:

@@ -52,6 +52,7 @@ class Bench:
             self.counters,
             self.latency,
             None,
+            (),
         )
         self.handler = FaultHandler(
             guest.userfaultfd,
