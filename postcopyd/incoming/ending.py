@@ -82,6 +82,8 @@ class Ending:
                 self.without_the_rest()
             return
         if not self._arrival.complete and self.all_came() and not recipient.stalled:
+            if recipient.loaded_at is None:
+                recipient.filling.all_came()
             self._arrival.complete = True
             self._note()
         if not recipient.may_be_done or not self._arrival.complete:
@@ -123,8 +125,10 @@ class Ending:
         self._tasks.begin_for_vmm(self._poison())
 
     async def _poison(self) -> None:
+        filling = self._recipient.filling
+        filling.go_on()
         try:
-            await self._recipient.filling.poison_missing()
+            await filling.poison_missing()
         except VmmGone as error:
             self._vmm_gone(error)
         else:
@@ -137,7 +141,7 @@ class Ending:
         self._standing.missing = holdings.missing_ranges()
         length = sum(missing.length for missing in self._standing.missing)
         self._trace(events.Abandoned(holdings.missing_pages(), length))
-        with contextlib.suppress(OSError):  # it has exited, or has given up a block
+        with contextlib.suppress(OSError):  # it has exited
             self._recipient.filling.finish()
         self._settle()
         self._tasks.end_with_vmm()

@@ -47,7 +47,6 @@ class FaultHandler:
         blocktime: Blocktime | None,
         request: Callable[[list[tuple[RamBlock, range]]], None],
         removed: Callable[[RamBlock, int, int], None],
-        sees_removals: bool,
     ) -> None:
         """Set up; nothing is read before `read`.
 
@@ -55,11 +54,8 @@ class FaultHandler:
         :param request: asked for the pages that faults wait for, and behind them for those around:
             (block, numbers of host pages).
         :param removed: told of each range that the VMM gave back: block, offset, length.
-        :param sees_removals: whether the VMM's userfaultfd reports removals. Where it does not,
-            a fault on a page that was placed can mean that the VMM dropped it unseen.
         """
         self._read_events = userfaultfd.read_events
-        self._wake = userfaultfd.wake
         self._blocks = blocks
         self._maps = page_map
         self._stages = stages
@@ -68,7 +64,6 @@ class FaultHandler:
         self._counters = counters
         self._request = request
         self._removed = removed
-        self._sees_removals = sees_removals
         self._blocktime = blocktime
         self.keep_staged = True
         """While the guest has not run yet: what is placed stays in the staging as well, because
@@ -181,23 +176,20 @@ class FaultHandler:
     def _answer_from_here(self, block: RamBlock, page: int) -> bool:
         """Answer a fault on a page that we have; False to try again later."""
         maps = self._maps[block.index]
-        size = block.page_size
         if maps.staged[page]:
             stage = self._stages[block.index]
+            size = block.page_size
             offset = page * size
             if not self._placer.try_run(block, offset, size, stage.address_of(offset, size)):
                 return False
-            if not self.keep_staged:
+            if self.keep_staged:
+                self._placer.placed_of_staged.add(block.address + offset)
+            else:
                 stage.release(page, 1)
             return True
-        if maps.zero[page] or not self._sees_removals:
-            # If the page is there after all, the kernel says so and the waiter is woken.
-            return self._placer.try_zero(block, page)
-        # Placed between the fault and our reading it: the message is old.
-        page_address = block.address + page * size
-        self._wake(page_address, size)
-        self._placer.forget_fault(page_address)
-        return True
+        # Zeros; or placed between the fault and our reading it, which the kernel says, and the
+        # waiter is woken; or dropped since by somebody who is not reported (a hole in its file).
+        return self._placer.try_zero(block, page)
 
     def retry_deferred(self) -> bool:
         """Try the deferred faults again; True when none is left.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 
 from bitarray import bitarray
@@ -19,10 +20,8 @@ from postcopyd.incoming.report import Counters, Histogram
 from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.kernel.userfaultfd import (
-    Feature,
     Operation,
     RegisterMode,
-    features_of,
     removals_in,
 )
 from postcopyd.ram.block import RamBlock
@@ -69,7 +68,8 @@ class MemoryFilling:
         :param request: asked for pages: (block, numbers of host pages).
         :param removed: told of each range that the VMM gave back: block, offset, length in bytes.
         :param caught_up: told when what was put off is placed: the stream may go on.
-        :param broken: told once when filling cannot go on: `VmmGone`, `UnexpectedEvent`, OSError.
+        :param broken: told when filling cannot go on before `go_on`: `VmmGone`, `UnexpectedEvent`,
+            OSError; and of a `ProtocolError` of the stream, which is no reason to stop.
         :raise OSError: if there is no memory for map or staging.
         :raise ValueError: if the blocks contradict each other.
         """
@@ -85,10 +85,13 @@ class MemoryFilling:
         self._broken = broken
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listening = False
+        self._broken_off = False
         self._runs = False
+        self._never_sent = 0
         self._timer: asyncio.TimerHandle | None = None
         self._retry_delay = _RETRY_FIRST
         self._stage_cursor: tuple[int, int] | None = None
+        self._stage_turn: asyncio.Handle | None = None
         self._assemblers: list[Assembler] = []
         self.waiting: dict[int, int] = {}
         """VMM address of each host page that a fault waits for -> when the fault was read."""
@@ -109,9 +112,9 @@ class MemoryFilling:
             self._counters,
             self._latency,
             self._blocktime,
+            frozenset(stage.block.index for stage in holdings.stages if stage.direct),
         )
         memory.userfaultfd.read_into(self._events)
-        features = features_of(memory.userfaultfd.fileno()) or Feature(0)
         faults = FaultHandler(
             memory.userfaultfd,
             holdings.blocks,
@@ -123,7 +126,6 @@ class MemoryFilling:
             blocktime=self._blocktime,
             request=self._request,
             removed=self._removed,
-            sees_removals=Feature.EVENT_REMOVE in features,
         )
         return placer, faults
 
@@ -146,10 +148,30 @@ class MemoryFilling:
                 if block.page_size == HOST_PAGE_SIZE:
                     needed |= Operation.ZEROPAGE
                 userfaultfd.register(block.address, block.length, RegisterMode.MISSING, needed)
-        self._listening = True
-        loop.add_reader(userfaultfd.fileno(), self.read_faults)
+        self._read_from_now_on(loop)
         if any(assembler.waiting for assembler in self._assemblers):
             self._retry_later()
+
+    def _read_from_now_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._listening = True
+        self._broken_off = False
+        loop.add_reader(self._memory.userfaultfd.fileno(), self.read_faults)
+
+    def go_on(self) -> None:
+        """Serve faults again where an error has broken that off; harmless where none has.
+
+        What was read and not answered then is read again.
+        """
+        if not self._broken_off or self._loop is None:
+            return
+        self._read_from_now_on(self._loop)
+        for address in tuple(self.waiting):
+            self._placer.forget_fault(address)
+        self.inherit()
+        if self._faults.deferred:
+            self._retry_later()
+        if self._stage_cursor is not None:
+            self._stage_turn = self._loop.call_soon(self._place_staged)
 
     def guest_runs(self) -> None:
         """Place what is staged from now on: no other VMM can take this one's place any more."""
@@ -157,7 +179,7 @@ class MemoryFilling:
         self._runs = True
         self._faults.keep_staged = False
         if self._advance_stage_cursor((0, 0)):
-            self._loop.call_soon(self._place_staged)
+            self._stage_turn = self._loop.call_soon(self._place_staged)
 
     def read_faults(self) -> None:
         """Read and answer what faults there are; harmless when there are none."""
@@ -248,22 +270,26 @@ class MemoryFilling:
     ) -> bool:
         if not self._keeps(block):
             return self._placer.place_host_page(block, offset, address)
+        page = offset // block.page_size
+        if self._placer.any_removed and self.holdings.page_map[block.index].zero[page]:
+            self._counters.pages_removed += 1
+            return True
         stage = self.holdings.stages[block.index]
         if address:
             stage.write(offset, content)
         else:
             stage.write_zeros(offset, block.page_size)
-        self._serve_waiters(block, [offset // block.page_size])
+        self._serve_waiters(block, [page])
         return True
 
     def inherit(self) -> None:
-        """Go on where a predecessor was killed. After `listen`.
+        """Go on where a predecessor was killed, or an error was met. After `listen`.
 
-        What it has read of the userfaultfd nobody hands out again: removals that it may not have
+        What was read of the userfaultfd nobody hands out again: removals that may not have been
         noted are noted now, and whoever waits for a page tries again and is read again.
         """
         self._faults.apply_removals(tuple(removals_in(self._events)))
-        # It did not leave behind whether there were any, only what reads as zeros because of them.
+        # Whether there were any nobody leaves behind, only what reads as zeros because of them.
         self._placer.any_removed = any(
             self.holdings.page_map[block.index].zero.any() for block in self.holdings.blocks
         )
@@ -304,6 +330,7 @@ class MemoryFilling:
         :raise OSError: if there is no memory for it.
         """
         self.stop()
+        self._broken_off = False
         self._let_go_of_events()
         for block, start, length, address in self._placer.unplaced():
             self.holdings.keep(block, start, length, address)
@@ -323,6 +350,21 @@ class MemoryFilling:
 
     # -- the end of placing ----------------------------------------------------------------------
 
+    def all_came(self) -> None:
+        """Take what has not come for zeros, and give them to who waits: nothing more comes.
+
+        For a VMM that has not run: its devices may wait for them, and `finish` waits for it.
+        """
+        self._never_sent += self.holdings.missing_pages()
+        self.holdings.all_came()
+        try:
+            for address in tuple(self.waiting):
+                block = self.holdings.blocks.block_at(address)
+                assert block is not None
+                self._serve_waiters(block, [(address - block.address) // block.page_size])
+        except (VmmGone, OSError) as error:
+            self._fail(error)
+
     def finish(self) -> int:
         """End the filling: every page that can come has come.
 
@@ -332,10 +374,15 @@ class MemoryFilling:
         :return: number of host pages that were never sent.
         :raise OSError: if the kernel refuses to unregister.
         """
-        never_sent = self.holdings.missing_pages()
+        never_sent = self._never_sent + self.holdings.missing_pages()
         self.stop()
         for block in self.holdings.blocks:
-            self._memory.userfaultfd.unregister(block.address, block.length)
+            try:
+                self._memory.userfaultfd.unregister(block.address, block.length)
+            except OSError as error:
+                # The VMM has unmapped the whole block: nobody can wait there.
+                if error.errno != errno.EINVAL:
+                    raise
         # A thread of the VMM that gave memory back sleeps until its event is read.
         self._faults.drain()
         self.waiting.clear()
@@ -374,13 +421,16 @@ class MemoryFilling:
         try:
             # An unread event holds up every placing, so events come first.
             self._faults.read()
+            answered = self._faults.retry_deferred()
             placed = self._placer.retry() and all(
                 assembler.go_on() for assembler in self._assemblers
             )
-            answered = self._faults.retry_deferred()
-        except (VmmGone, UnexpectedEvent, ProtocolError, OSError) as error:
+        except (VmmGone, UnexpectedEvent, OSError) as error:
             self._fail(error)
             return
+        except ProtocolError as error:
+            self._broken(error)
+            placed = False
         if placed and answered:
             self._retry_delay = _RETRY_FIRST
         else:
@@ -418,20 +468,24 @@ class MemoryFilling:
         stage = self.holdings.stages[index]
         try:
             placed = self._placer.try_run(block, offset, length, stage.address_of(offset, length))
-        except VmmGone as error:
-            self._fail(error)
-            return
+            if placed:
+                stage.release(first, count)
+        except (VmmGone, OSError) as error:
+            if not isinstance(error, OSError) or error.errno != errno.ENOMEM:
+                self._fail(error)
+                return
+            placed = False
         if placed:
-            stage.release(first, count)
-            self._loop.call_soon(self._place_staged)
+            self._stage_turn = self._loop.call_soon(self._place_staged)
         else:
             self._counters.retries += 1
-            self._loop.call_later(_RETRY_FIRST, self._place_staged)
+            self._stage_turn = self._loop.call_later(_RETRY_FIRST, self._place_staged)
 
     # -- the end -----------------------------------------------------------------------------
 
     def _fail(self, error: Exception) -> None:
         self.stop()
+        self._broken_off = not isinstance(error, VmmGone)
         self._broken(error)
 
     def stop(self) -> None:
@@ -442,6 +496,9 @@ class MemoryFilling:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._stage_turn is not None:
+            self._stage_turn.cancel()
+            self._stage_turn = None
 
     def close(self) -> None:
         """Release map, staging and buffers. Idempotent."""

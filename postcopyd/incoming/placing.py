@@ -6,7 +6,7 @@ The rule of this file: a page is placed once. Whatever the kernel answers, it is
 all placed        the pages are marked received, the faults that waited for them are done
 a part placed     go on behind it
 EEXIST            the VMM has the page already: count it, wake it, never overwrite (but see
-                  `_answer` for huge pages)
+                  `_is_there` for huge pages)
 EAGAIN            the VMM's memory layout is changing (an unread event, a fork): put off
 ENOMEM, ENOSPC    no memory for the VMM now: put off
 ENOENT            the range is not mapped or not registered any more: the VMM gave it up, drop it
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -71,24 +71,30 @@ class Placer:
         counters: Counters,
         latency: Histogram,
         blocktime: Blocktime | None,
+        shared: Container[int],
     ) -> None:
         """Place into `blocks` through `userfaultfd`.
 
         :param blocktime: told when threads go on; None when their ids are not known.
+        :param shared: the indices of the blocks of shared memory.
         """
         self._copy = userfaultfd.copy
         self._zeropage = userfaultfd.zeropage
+        self._continue = userfaultfd.continue_range
         self._wake = userfaultfd.wake
         self._maps = page_map
         self._waiting = waiting
         self._counters = counters
         self._latency = latency
         self._blocktime = blocktime
+        self._shared = shared
         self.pending: deque[_Run] = deque()
         """Runs that were put off, in order."""
         self.any_removed = False
         """True once the VMM has removed memory: only then need a page be looked up before it is
         placed."""
+        self.placed_of_staged: set[int] = set()
+        """VMM address of each host page that is placed and still staged: before the guest runs."""
         huge = max((block.page_size for block in blocks), default=0)
         # Huge pages have no UFFDIO_ZEROPAGE: zeros are copied from a page that nobody ever wrote,
         # so that the kernel's one zero page stands behind all of it.
@@ -272,10 +278,7 @@ class Placer:
             self._settle(block, range(run.offset, run.offset + result, size))
             self._skip(run, result)
         elif result == _PRESENT:
-            if size > HOST_PAGE_SIZE and not maps.received[page] and not free_huge_pages(size):
-                # With its pool empty the kernel says EEXIST where it means ENOMEM, because it
-                # finds the slot of the page table that it has just made (hugetlb_mfill_atomic_pte
-                # of Linux 6.18). Believing it would lose the page.
+            if size > HOST_PAGE_SIZE and not self._is_there(block, page):
                 return False
             counters.pages_duplicate += 1
             maps.received[page] = 1
@@ -294,6 +297,30 @@ class Placer:
         else:
             raise VmmGone(f"placing {block.name!r} at {run.offset:#x}: the VMM has exited")
         return True
+
+    def _is_there(self, block: RamBlock, page: int) -> bool:
+        """Tell whether a huge page is there of which the kernel says so.
+
+        With its pool empty the kernel says EEXIST where it means ENOMEM, because it finds the slot
+        of the page table that it has just made (hugetlb_mfill_atomic_pte of Linux 6.18). Believing
+        it would lose the page. UFFDIO_CONTINUE takes no page, and fails with EFAULT if none is in
+        the file; private memory has nobody to ask but the pool.
+        """
+        maps = self._maps[block.index]
+        size = block.page_size
+        if maps.received[page] and not maps.staged[page]:
+            return True
+        address = block.address + page * size
+        if address in self.placed_of_staged:
+            return True
+        if block.index in self._shared:
+            try:
+                return self._continue(address, size) in (size, _PRESENT)
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    return False
+                # Linux before 5.13 does not know it.
+        return free_huge_pages(size) > 0
 
     @staticmethod
     def _skip(run: _Run, length: int) -> None:

@@ -165,6 +165,7 @@ class Sourcing:
         link.send(link.writer.resume_ack())
         if not runs:
             self._switchover.request_missing()
+        recipient.filling.go_on()
         waited_for, around = recipient.filling.ask_again()
         self._request_pages([piece for asked in waited_for + around for piece in _pieces(*asked)])
         self._trace(events.Resumed(link.peer, len(waited_for)))

@@ -22,7 +22,7 @@ from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
 class Bench:
     """A guest and a fault handler for it; requests and removals are kept in lists."""
 
-    def __init__(self, guest: Guest, sees_removals: bool = True, blocks: BlockTable | None = None):
+    def __init__(self, guest: Guest, blocks: BlockTable | None = None):
         self.guest = guest
         self.requests: list[tuple[str, int]] = []
         self.removals: list[tuple[int, int]] = []
@@ -52,6 +52,7 @@ class Bench:
             self.counters,
             self.latency,
             None,
+            (),
         )
         self.handler = FaultHandler(
             guest.userfaultfd,
@@ -64,7 +65,6 @@ class Bench:
             blocktime=None,
             request=lambda runs: self.requests.extend((b.name, p) for b, run in runs for p in run),
             removed=lambda block, offset, length: self.removals.append((offset, length)),
-            sees_removals=sees_removals,
         )
         self.handler.keep_staged = False
 
@@ -259,12 +259,28 @@ def test_a_fault_and_a_removal_in_one_read_are_judged_removal_first(
 def test_a_page_dropped_unseen_is_given_zeros_where_removals_are_not_reported(
     make: Callable[..., Bench],
 ) -> None:
-    bench = make(Guest(features=Feature.THREAD_ID), sees_removals=False)
+    bench = make(Guest(features=Feature.THREAD_ID))
     bench.place(6)
     bench.guest.remove(6).join(LIMIT)
     touch = bench.guest.touch(6)
     bench.read()
     assert touch.result() == bytes(PAGE)
+    assert bench.requests == []
+
+
+def test_a_placed_page_whose_file_was_given_a_hole_is_given_zeros(
+    make: Callable[..., Bench],
+) -> None:
+    """No event tells of it, and to wake who waits would only make him wait again."""
+    bench = make(Guest(shared=True))
+    assert bench.guest.memory_file is not None
+    bench.place(6)
+    bench.place(7)
+    memory_file.punch_hole(bench.guest.memory_file, 6 * PAGE, PAGE)
+    touch = bench.guest.touch(6)
+    bench.read()
+    assert touch.result() == bytes(PAGE)
+    assert bench.guest.touch(7).result() == b"\x5a" * PAGE
     assert bench.requests == []
 
 

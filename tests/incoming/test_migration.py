@@ -187,6 +187,27 @@ async def test_pages_that_the_source_never_sends_are_zero(make_engine: MakeEngin
     assert engine.migration.report().never_sent == 4
 
 
+async def test_devices_find_zeros_where_the_source_never_sends_a_page(
+    make_engine: MakeEngine,
+) -> None:
+    """They are loaded before the end, and the end waits for them."""
+    engine = make_engine(pages=8)
+    content = image(8)
+    engine.vmm.may_load.clear()
+    await start(engine, State.LISTENING)
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    early = engine.guest.touch(7)
+    await engine.source.wait_for_request()
+    await engine.source.postcopy("pc.ram", content, range(0, 4 * PAGE, PAGE))
+    await engine.source.end()
+    assert await asyncio.to_thread(early.result) == bytes(PAGE)
+    assert await asyncio.to_thread(engine.guest.touch(6).result) == bytes(PAGE)
+    engine.vmm.may_load.set()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await engine.guest.content() == content[: 4 * PAGE] + bytes(4 * PAGE)
+    assert engine.migration.report().never_sent == 4
+
+
 async def test_a_page_that_comes_twice_is_placed_once(make_engine: MakeEngine) -> None:
     engine = make_engine(pages=8)
     first, second = image(8, seed=1), image(8, seed=2)

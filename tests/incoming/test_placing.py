@@ -50,6 +50,7 @@ class Bench:
             self.counters,
             self.latency,
             None,
+            {0} if guest.shared else (),
         )
         self._source = mmap.mmap(-1, guest.length)
         for page in range(guest.pages):
@@ -235,7 +236,7 @@ def test_esrch_a_process_that_has_exited_is_told_apart() -> None:
     block = RamBlock("pc.ram", 4 * PAGE, PAGE, int.from_bytes(data, "little"), 0)
     blocks = BlockTable([block])
     page_map = PageMap(blocks)
-    placer = Placer(userfaultfd, blocks, page_map, {}, Counters(), Histogram(), None)
+    placer = Placer(userfaultfd, blocks, page_map, {}, Counters(), Histogram(), None, ())
     source = mmap.mmap(-1, 4 * PAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(source))
     with pytest.raises(VmmGone, match="the VMM has exited"):
@@ -247,17 +248,32 @@ def test_esrch_a_process_that_has_exited_is_told_apart() -> None:
     userfaultfd.close()
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "memory file"])
 def test_enospc_no_huge_page_to_be_had_puts_off_and_the_retry_places(
-    make: Callable[..., Bench], huge_pages: Callable[[int], None]
+    make: Callable[..., Bench], huge_pages: Callable[[int], None], shared: bool
 ) -> None:
     huge_pages(2)
-    bench = make(pages=2, page_size=HUGE, reserve=False)
+    bench = make(pages=2, page_size=HUGE, reserve=False, shared=shared)
     hungry = Guest(pages=free_huge_pages(HUGE), page_size=HUGE)  # the whole pool is promised to it
     assert not bench.placer.place_host_page(bench.block, HUGE, bench.source)
     assert bench.received() == []
     hungry.close()
     assert bench.placer.retry()
     assert bench.received() == [1]
+    assert bench.guest.touch(1).result()[:8] == content(0)
+
+
+def test_eexist_a_huge_page_in_a_memory_file_is_believed_to_be_there_in_a_pool_that_is_used_up(
+    make: Callable[..., Bench], huge_pages: Callable[[int], None]
+) -> None:
+    """A predecessor was killed when it had placed it and not marked it."""
+    huge_pages(2)
+    bench = make(pages=2, page_size=HUGE, reserve=False, shared=True)
+    bench.guest.userfaultfd.copy(bench.block.address + HUGE, bench.source, HUGE)
+    with Guest(pages=free_huge_pages(HUGE), page_size=HUGE):
+        assert bench.placer.place_host_page(bench.block, HUGE, bench.source + HUGE)
+    assert bench.received() == [1]
+    assert bench.counters.pages_duplicate == 1
     assert bench.guest.touch(1).result()[:8] == content(0)
 
 

@@ -11,10 +11,12 @@ import pytest
 from postcopyd.incoming import events
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
+from postcopyd.kernel.memory import Mapping
+from postcopyd.kernel.userfaultfd import Operation, RegisterMode
 from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, ReceivedBitmap, ResumeAck, Shut
 from tests.incoming.engine import Engine, Source, image
-from tests.incoming.guest import LIMIT, PAGE
+from tests.incoming.guest import LIMIT, PAGE, Touch
 from tests.support import wait_until
 
 pytestmark = pytest.mark.usefixtures("every_connection")
@@ -157,6 +159,32 @@ async def test_it_may_break_again_and_again_also_while_it_is_being_resumed(
     here = await ask_what_is_here(source)
     await go_on(source)
     await send_the_rest(engine, source, here)
+
+
+async def test_a_fault_outside_every_block_breaks_the_stream_and_faults_are_served_again(
+    make_engine: MakeEngine,
+) -> None:
+    """The VMM watches more memory than it has handed over."""
+    engine = make_engine(pages=PAGES)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
+    await engine.reach(State.RUNNING)
+    with Mapping.anonymous(PAGE) as more:
+        watch = engine.guest.userfaultfd
+        watch.register(more.address, PAGE, RegisterMode.MISSING, Operation.COPY)
+        outside = Touch(more.address, PAGE)
+        await engine.reach(State.PAUSED)
+        assert "outside every block" in (engine.migration.failure or "")
+        watch.unregister(more.address, PAGE)
+        outside.result()
+    inside = engine.guest.touch(9)
+    source = come_back(engine)
+    assert await ask_what_is_here(source) == set()
+    await go_on(source)
+    assert await source.wait_for_request() == PageRequest("pc.ram", 9 * PAGE, PAGE)
+    await send_the_rest(engine, source, set())
+    assert inside.result() == CONTENT[9 * PAGE : 10 * PAGE]
 
 
 async def test_half_a_page_of_the_broken_stream_is_not_in_the_bitmap(
