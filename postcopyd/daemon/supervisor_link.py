@@ -112,6 +112,10 @@ class SupervisorLink:
         self._send(channel.Claim(name))
         try:
             refusal = await self._answered(answer)
+        except BaseException:
+            if answer.done() and not answer.cancelled() and answer.result() is None:
+                self.give_up(name)  # it was granted to somebody who has gone meanwhile
+            raise
         finally:
             del self._claims[name]
         if refusal == "name-taken":
