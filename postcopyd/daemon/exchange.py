@@ -202,10 +202,19 @@ class Exchange:
 
     async def _hand_over(self, worker: int, message: FirstMessage) -> None:
         ours, theirs = socket.socketpair()
+
+        def announce() -> None:
+            self._switchboard.pass_on(worker, "vmm", theirs)
+            theirs.close()  # or we would not notice that the worker has gone
+
         with ours, theirs:
             ours.setblocking(False)
-            await message.pass_on(ours, lambda: self._switchboard.pass_on(worker, "vmm", theirs))
-            theirs.close()
+            try:
+                await message.pass_on(ours, announce)
+            except OSError:
+                if theirs.fileno() >= 0:
+                    raise
+                # The worker has gone, or has refused the VMM and told it so: closing says the rest.
             message.connection.close()
             message.close()
             await _closed(ours)  # the VMM was answered
