@@ -19,9 +19,8 @@ from aiohttp import web
 from postcopyd.daemon import forwarding
 from postcopyd.daemon.channel import Passed, There
 from postcopyd.daemon.forwarding import Answer
-from postcopyd.daemon.registry import check_only_one_waits
 from postcopyd.daemon.registry_error import RegistryError
-from postcopyd.daemon.routing import Placements
+from postcopyd.daemon.routing import Placements, check_only_one_waits
 from postcopyd.vmm.checks import HandoffRefused
 from postcopyd.vmm.first_message import FirstMessage
 

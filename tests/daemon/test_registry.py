@@ -249,6 +249,28 @@ async def test_a_handoff_socket_of_its_own_tells_which_migration(
     assert not own.exists()
 
 
+async def test_a_vmm_that_was_taken_is_kept_when_no_more_are(
+    hosted: Hosted, firecracker: FirecrackerStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it still waits for the service manager: its guest may run already."""
+    settling = asyncio.Event()
+
+    async def settled() -> None:
+        settling.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(hosted.registry, "settled", settled)
+    entry = hosted.registry.create("vm0")
+    firecracker.hand_over(hosted.handoff).close()
+    async with asyncio.timeout(LIMIT):
+        await settling.wait()
+        with configured("info", "json", stream=(log := StringIO())):
+            await hosted.take_no_more_vmms()
+    assert log.getvalue() == ""
+    assert entry.migration is not None and entry.migration.vmm is not None
+    assert entry.migration.vmm.memory.userfaultfd.fileno() >= 0
+
+
 # -- sources -----------------------------------------------------------------------------------
 
 
