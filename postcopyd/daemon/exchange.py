@@ -157,7 +157,10 @@ class Exchange:
             except TimeoutError:
                 raise _unavailable(worker, "does not answer") from None
             except forwarding.NotTaken:
-                pass
+                if loop.time() > deadline:
+                    raise _unavailable(
+                        worker, "takes no request: it may have too many files open"
+                    ) from None
             except ConnectionResetError:
                 if method != "GET":
                     raise RegistryError(

@@ -208,6 +208,12 @@ class SupervisorLink:
                 connection.setblocking(False)
                 take = orders.take_request if what == "request" else orders.take_vmm
                 take(connection)
+            case channel.Handed("vmm"):  # of a request that is lost its client is told
+                get_logger().warning(
+                    "a VMM could not be taken",
+                    reason="too many files are open",
+                    remedy="raise limits.descriptors, and LimitNOFILE= in the unit",
+                )
 
     def _lose(self) -> None:
         """Go on without a supervisor, or make room for the one that is to come."""
