@@ -199,7 +199,7 @@ class PassOn(_Message, frozen=True, tag="pass-on"):
 
 
 class Handed(_Message, frozen=True, tag="handed"):
-    """To a worker: that connection."""
+    """To a worker: that connection, unless it had no descriptor to spare to take it with."""
 
     what: Passed
 
@@ -276,7 +276,8 @@ class Channel:
             packet, which looks the same.
         :raise ValueError: if something else than a message has come, or not with the descriptor
             that belongs to it. One that got lost (this process has too many) must not pass for
-            one that never was: what it is for would be given up.
+            one that never was: what it is for would be given up. But for a connection that is
+            handed over: its other end notices, and who had it passed on tells its client.
         """
         while True:
             try:
@@ -317,7 +318,8 @@ def _decoded(packet: bytes, descriptors: int) -> Message:
         message: Message = _decoder.decode(packet)
     except RecursionError as error:
         raise ValueError(str(error)) from None
-    if descriptors != isinstance(message, Held | PassOn | Handed):
+    lost = isinstance(message, Handed) and not descriptors
+    if descriptors != isinstance(message, Held | PassOn | Handed) and not lost:
         name = message.__struct_config__.tag
         raise ValueError(f"a message {name!r} came with {descriptors} descriptors")
     return message

@@ -134,20 +134,23 @@ class Entry:
             expect=self._expect,
         )
         self._estate = estate
-        self._migration: IncomingMigration | None = IncomingMigration(
-            name, settings, self._trace, estate
-        )
-        if not estate.leaves(_FACTS):
-            _leave_facts(EntryFacts(allowed_sources), estate)
-        if not estate.leaves(_LISTENER):
-            estate.keep(_LISTENER, stream_listener.fileno())
+        migration = IncomingMigration(name, settings, self._trace, estate)
+        try:
+            if not estate.leaves(_FACTS):
+                _leave_facts(EntryFacts(allowed_sources), estate)
+            if not estate.leaves(_LISTENER):
+                estate.keep(_LISTENER, stream_listener.fileno())
+        except BaseException:
+            migration.let_go()
+            raise
+        self._migration: IncomingMigration | None = migration
         self._report: Report | None = None
         self._stream_listener = stream_listener
         self._acceptor = Acceptor(stream_listener, self._gate.take)
         self._handoff_listener: HandoffListener | None = None
         self._handoff_socket: socket.socket | None = None
         self._acceptor.start()
-        self.done = asyncio.create_task(self._finish(self._migration))
+        self.done = asyncio.create_task(self._finish(migration))
         """Done when the migration has ended and nothing of it is open."""
 
     def open_handoff(self, listener: socket.socket, handoff: HandoffListener) -> None:

@@ -19,9 +19,8 @@ from aiohttp import web
 from postcopyd.daemon import forwarding
 from postcopyd.daemon.channel import Passed, There
 from postcopyd.daemon.forwarding import Answer
-from postcopyd.daemon.registry import check_only_one_waits
 from postcopyd.daemon.registry_error import RegistryError
-from postcopyd.daemon.routing import Placements
+from postcopyd.daemon.routing import Placements, check_only_one_waits
 from postcopyd.vmm.checks import HandoffRefused
 from postcopyd.vmm.first_message import FirstMessage
 
@@ -158,7 +157,10 @@ class Exchange:
             except TimeoutError:
                 raise _unavailable(worker, "does not answer") from None
             except forwarding.NotTaken:
-                pass
+                if loop.time() > deadline:
+                    raise _unavailable(
+                        worker, "takes no request: it may have too many files open"
+                    ) from None
             except ConnectionResetError:
                 if method != "GET":
                     raise RegistryError(
@@ -202,10 +204,19 @@ class Exchange:
 
     async def _hand_over(self, worker: int, message: FirstMessage) -> None:
         ours, theirs = socket.socketpair()
+
+        def announce() -> None:
+            self._switchboard.pass_on(worker, "vmm", theirs)
+            theirs.close()  # or we would not notice that the worker has gone
+
         with ours, theirs:
             ours.setblocking(False)
-            await message.pass_on(ours, lambda: self._switchboard.pass_on(worker, "vmm", theirs))
-            theirs.close()
+            try:
+                await message.pass_on(ours, announce)
+            except OSError:
+                if theirs.fileno() >= 0:
+                    raise
+                # The worker has gone, or has refused the VMM and told it so: closing says the rest.
             message.connection.close()
             message.close()
             await _closed(ours)  # the VMM was answered

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -20,6 +21,7 @@ from postcopyd.daemon.listing import Listing
 from postcopyd.daemon.missing_memory import check_directory
 from postcopyd.daemon.network_watch import NetworkWatch
 from postcopyd.daemon.registry_error import ErrorCode, RegistryError
+from postcopyd.daemon.routing import check_only_one_waits
 from postcopyd.incoming.estate import Estate, Keeper
 from postcopyd.incoming.recipient import Refused
 from postcopyd.vmm.firecracker import FirecrackerVmm
@@ -386,7 +388,9 @@ class Registry:
                 await entry.wait(None)
             raise HandoffRefused(str(error)) from error
         self.changed()
-        await self.settled()
+        # It is taken: to be told now to take no more must not look as if it were not.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.settled()
         return Registration(entry.name, entry.listen)
 
     async def _entry_for(
@@ -473,26 +477,6 @@ class Registry:
 
 def _held(name: str) -> str:
     return f"what a predecessor has left of migration {name!r} is held, and cannot be read"
-
-
-def check_only_one_waits(names: Sequence[str], number: int) -> None:
-    """Check that it is clear for which migration a VMM is that does not name its own.
-
-    :param names: of those that wait for a VMM, or of some of them.
-    :param number: how many there are.
-    :raise HandoffRefused: if it is not, with the reason.
-    """
-    if number == 0:
-        raise HandoffRefused(
-            "no migration waits for a VMM: create one (postcopyctl create NAME) first, for a "
-            "VMM that does not name its migration"
-        )
-    if number > 1:
-        more = "" if number == len(names) else f" and {number - len(names)} more"
-        raise HandoffRefused(
-            f"{number} migrations wait for a VMM ({', '.join(names)}{more}) and this VMM does not "
-            "name its own: give each a handoff socket (postcopyctl create NAME --handoff PATH)"
-        )
 
 
 def allowed_peers(users: tuple[str, ...], group: str) -> AllowedPeers:

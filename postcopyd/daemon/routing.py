@@ -1,10 +1,15 @@
-"""Which worker something is for: decided by the front from what the supervisor tells it."""
+"""Which worker something is for, and which migration a VMM that names none.
+
+The front decides it from what the supervisor tells it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+from postcopyd.vmm.checks import HandoffRefused
 
 
 class Placements:
@@ -42,3 +47,23 @@ class Placements:
             return self._workers[name]
         coming = Counter(self._workers.values())
         return min(ready, key=lambda worker: (ready[worker] + coming[worker], worker), default=None)
+
+
+def check_only_one_waits(names: Sequence[str], number: int) -> None:
+    """Check that it is clear for which migration a VMM is that does not name its own.
+
+    :param names: of those that wait for a VMM, or of some of them.
+    :param number: how many there are.
+    :raise HandoffRefused: if it is not, with the reason.
+    """
+    if number == 0:
+        raise HandoffRefused(
+            "no migration waits for a VMM: create one (postcopyctl create NAME) first, for a "
+            "VMM that does not name its migration"
+        )
+    if number > 1:
+        more = "" if number == len(names) else f" and {number - len(names)} more"
+        raise HandoffRefused(
+            f"{number} migrations wait for a VMM ({', '.join(names)}{more}) and this VMM does not "
+            "name its own: give each a handoff socket (postcopyctl create NAME --handoff PATH)"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import traceback
 from typing import TYPE_CHECKING, Any, Final
 
 from postcopyd.daemon import forwarding, network_watch, process
@@ -37,9 +38,9 @@ class CannotStart(Exception):
 
 def prepare() -> None:
     """Do what takes time and can be done by a process that waits for its turn."""
-    _import_control()
-    with contextlib.suppress(Exception):
-        network_watch.load()  # what is wrong with it is told when it is needed
+    for load in (_import_control, network_watch.load):
+        with contextlib.suppress(Exception):  # what is wrong with it is told when it is needed
+            load()
     process.quiet_collector()
 
 
@@ -54,6 +55,8 @@ async def serve(
 ) -> None:
     """Do a worker's work until all are told to stop and all that cannot be given up has ended.
 
+    What nobody has expected ends this process as if killed: another one goes on with what it had.
+
     :param begin: which worker this is.
     :param inherited: what predecessors have left of migrations and, for the front, the listening
         sockets.
@@ -62,22 +65,37 @@ async def serve(
     """
     try:
         service = _Service(configuration, begin, link)
-        try:
-            try:
-                await service.start(inherited.pop("", {}), inherited)
-            except CannotStart as error:
-                link.cannot_start(str(error))
-                if inherited:
-                    link.leave(_FAILED)  # to close them would be to give them up
-                raise
-            await service.told_to_stop.wait()
-            await service.stop()
-            await link.ended()
-        finally:
-            await service.close()
+        await service.start(inherited.pop("", {}), inherited)
     except TlsFilesError as error:
         link.cannot_start(str(error))
         raise CannotStart(str(error)) from error
+    except CannotStart as error:
+        link.cannot_start(str(error))
+        if inherited:
+            link.leave(_FAILED)  # to close them would be to give them up
+        await service.close()
+        raise
+    except Exception as error:
+        link.cannot_start(f"worker {begin.number} cannot start: {_told(error)}")
+        link.leave(_FAILED)
+    try:
+        await service.told_to_stop.wait()
+        await service.stop()
+        await link.ended()
+        await service.close()
+    except Exception as error:
+        get_logger().error(
+            "this worker cannot go on: another one is to",
+            reason=_told(error),
+            message_id=INTERNAL_ERROR_ID,
+        )
+        link.leave(_FAILED)
+
+
+def _told(error: Exception) -> str:
+    """Return in one line what nobody has expected, and where it has come up."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 class _Service:

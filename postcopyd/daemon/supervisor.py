@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from postcopyd.daemon import channel, process, sockets
+from postcopyd.daemon import channel, manager_room, process, sockets
 from postcopyd.daemon.channel import CONTROL, HANDOFF
 from postcopyd.daemon.config import Configuration
 from postcopyd.daemon.crew import Crew
@@ -59,6 +59,7 @@ async def supervise(
     :return: True if another daemon has to be started, which goes on with the migrations.
     :raise CannotStart: if a socket cannot be had, or a worker says that it cannot do its work.
     """
+    manager_room.check(environment, configuration.limits.migrations)
     supervisor = _Supervisor(configuration, ServiceManager(environment))
     try:
         supervisor.start(environment, workers)

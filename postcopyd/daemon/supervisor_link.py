@@ -112,6 +112,10 @@ class SupervisorLink:
         self._send(channel.Claim(name))
         try:
             refusal = await self._answered(answer)
+        except BaseException:
+            if answer.done() and not answer.cancelled() and answer.result() is None:
+                self.give_up(name)  # it was granted to somebody who has gone meanwhile
+            raise
         finally:
             del self._claims[name]
         if refusal == "name-taken":
@@ -204,6 +208,12 @@ class SupervisorLink:
                 connection.setblocking(False)
                 take = orders.take_request if what == "request" else orders.take_vmm
                 take(connection)
+            case channel.Handed("vmm"):  # of a request that is lost its client is told
+                get_logger().warning(
+                    "a VMM could not be taken",
+                    reason="too many files are open",
+                    remedy="raise limits.descriptors, and LimitNOFILE= in the unit",
+                )
 
     def _lose(self) -> None:
         """Go on without a supervisor, or make room for the one that is to come."""

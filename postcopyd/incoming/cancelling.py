@@ -41,18 +41,27 @@ class Cancelling:
         os.eventfd_read(self._asked)
         requests, self._requests = self._requests, []
         for reason, force, done in requests:
+            refused = None
             try:
                 self._cancel(reason, force)
             except Refused as error:
-                done.set_exception(error)
-                done.exception()  # whoever does not look at it did not want to know
-            else:
-                done.set_result(None)
+                refused = error
+            _answer(done, refused)
 
     def close(self) -> None:
         """Watch no more: it has ended, as whoever still asks has wanted. To be called once."""
         self._loop.remove_reader(self._asked)
         os.close(self._asked)
         for _, _, done in self._requests:
-            done.set_result(None)
+            _answer(done, None)
         self._requests.clear()
+
+
+def _answer(done: asyncio.Future[None], refused: Refused | None) -> None:
+    if done.done():
+        return  # cancelled: who has asked has gone
+    if refused is None:
+        done.set_result(None)
+    else:
+        done.set_exception(refused)
+        done.exception()  # whoever does not look at it did not want to know

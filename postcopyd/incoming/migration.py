@@ -71,7 +71,13 @@ class IncomingMigration:
         :raise JournalUnreadable: if a predecessor has left a journal that cannot be read.
         """
         self._estate = estate = estate or Estate()
+        self._loop = asyncio.get_running_loop()
         self._journal = Journal(estate.open(JOURNAL, Journal.create))
+        try:
+            self._cancelling = Cancelling(self._loop, self._carry_out_cancel)
+        except BaseException:
+            self._journal.close()
+            raise
         self.name = name
         self._course = Course(self._stepped)
         self._settings = settings
@@ -91,7 +97,6 @@ class IncomingMigration:
         )
         self._removed_before = False
         self._finished = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         self._arrival = Arrival(self._recipient)
         self._farewell = Farewell(estate, settings.close_timeout)
         self._tasks = Tasks(
@@ -172,7 +177,6 @@ class IncomingMigration:
             watch_vmm=lambda vmm: self._tasks.begin_for_vmm(self._watch_vmm(vmm)),
             vmm_lost=self._vmm_lost,
         )
-        self._cancelling = Cancelling(self._loop, self._carry_out_cancel)
 
     # -- what others ask of it ---------------------------------------------------------------
 

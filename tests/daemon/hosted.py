@@ -151,8 +151,11 @@ class Hosted:
         self._listener = self.registry.handoff_listener(self._socket)
         self._listener.start()
 
-    async def stop(self) -> None:
+    async def take_no_more_vmms(self) -> None:
         await self._listener.close()
+
+    async def stop(self) -> None:
+        await self.take_no_more_vmms()
         await self.registry.stop(wait=False)
 
     def _on_change(self) -> None:

@@ -100,6 +100,13 @@ def test_a_descriptor_without_a_message_that_has_one_is_closed(
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_connection_that_got_lost_on_its_way_is_told_of(ends: tuple[Channel, Channel]) -> None:
+    """This process had no descriptor to spare: that is no reason to hear nothing any more."""
+    ends[0].send(channel.Handed("request"))
+    ends[0].send(channel.Stop())
+    assert list(ends[1].received()) == [(channel.Handed("request"), None), (channel.Stop(), None)]
+
+
 @pytest.mark.parametrize(
     "packet",
     [

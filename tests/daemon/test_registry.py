@@ -6,8 +6,10 @@ import asyncio
 import gc
 import json
 import os
+import resource
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -84,6 +86,42 @@ async def test_an_address_that_is_taken_leaves_nothing_behind(
         hosted.registry.create("b", "nonsense")
     assert held() == before
     assert not (tmp_path / "s").exists()
+
+
+async def test_what_cannot_be_created_for_want_of_descriptors_leaves_nothing_open(
+    hosted: Hosted,
+) -> None:
+    before = held()
+    for spare in range(LIMIT_OF_ONE):
+        with only_so_many_descriptors(spare):
+            try:
+                hosted.registry.create("vm0")
+            except RegistryError as error:
+                refusal = error.code
+            else:
+                break
+        assert refusal == "out-of-resources"
+        assert held() == before
+    assert spare > 3  # it has needed several, each of which was once the one too many
+    assert [entry.name for entry in hosted.registry] == ["vm0"]
+
+
+LIMIT_OF_ONE = 20
+"""More descriptors than a migration opens that waits for its VMM and its source."""
+
+
+@contextmanager
+def only_so_many_descriptors(number: int) -> Iterator[None]:
+    """Let this process open so many more descriptors, and then no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(number + 1)]
+    for descriptor in free:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # -- VMMs --------------------------------------------------------------------------------------
@@ -209,6 +247,28 @@ async def test_a_handoff_socket_of_its_own_tells_which_migration(
     await hosted.until(lambda: not entry.waits_for_vmm)
     await hosted.registry.remove("vm0", force=False)
     assert not own.exists()
+
+
+async def test_a_vmm_that_was_taken_is_kept_when_no_more_are(
+    hosted: Hosted, firecracker: FirecrackerStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it still waits for the service manager: its guest may run already."""
+    settling = asyncio.Event()
+
+    async def settled() -> None:
+        settling.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(hosted.registry, "settled", settled)
+    entry = hosted.registry.create("vm0")
+    firecracker.hand_over(hosted.handoff).close()
+    async with asyncio.timeout(LIMIT):
+        await settling.wait()
+        with configured("info", "json", stream=(log := StringIO())):
+            await hosted.take_no_more_vmms()
+    assert log.getvalue() == ""
+    assert entry.migration is not None and entry.migration.vmm is not None
+    assert entry.migration.vmm.memory.userfaultfd.fileno() >= 0
 
 
 # -- sources -----------------------------------------------------------------------------------

@@ -44,3 +44,25 @@ async def test_a_service_manager_that_takes_nothing_is_not_waited_for_without_en
         await link.settled()
     link.close()
     theirs.close()
+
+
+async def test_a_name_that_is_granted_to_who_has_just_gone_is_given_up() -> None:
+    ours, theirs = Channel.pair()
+    link, supervisor = SupervisorLink(Channel(ours), makes_room=False), Channel(theirs)
+    link.start(_no_orders())
+    claiming = asyncio.create_task(link.claim("vm0"))
+    async with asyncio.timeout(LIMIT):
+        said: list[channel.Message] = []
+        while channel.Claim("vm0") not in said:
+            await asyncio.sleep(0)
+            said += [message for message, _ in supervisor.received()]
+        # What is granted is here when the client's going is noticed, in the same turn.
+        supervisor.send(channel.Claimed("vm0", None))
+        asyncio.get_running_loop().call_soon(claiming.cancel)
+        while channel.Forgotten("vm0") not in said:
+            await asyncio.sleep(0)
+            said += [message for message, _ in supervisor.received()]
+        with pytest.raises(asyncio.CancelledError):
+            await claiming
+    link.close()
+    supervisor.close()

@@ -29,7 +29,7 @@ from tests.daemon.whole_migration import (
     running_guest,
 )
 from tests.incoming.engine import Source
-from tests.support import LIMIT, wait_until
+from tests.support import LIMIT, ROOT, wait_until
 
 OWN = {"/control", "/handoff"}
 """What the service manager keeps when there is no migration."""
@@ -266,6 +266,67 @@ async def test_a_daemon_that_cannot_start_leaves_the_guests_as_they_are(tmp_path
         await asyncio.to_thread(it.daemon.start)
         await it.reach("paused")
         await it.resume()
+
+
+async def test_a_version_that_fails_in_any_way_leaves_the_guests_as_they_are(
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "aiohttp.py").write_text("raise ImportError('no such module: multidict')\n")
+    async with scene(tmp_path, "anonymous") as it:
+        await it.begin()
+        it.daemon.leave()
+        assert await asyncio.to_thread(it.daemon.ended) == TO_BE_STARTED_AGAIN
+        it.daemon.manager.catch_up()
+        kept = set(it.daemon.manager.stored)
+        it.daemon.environment["PYTHONPATH"] = str(broken)
+        it.daemon.launch()
+        assert await asyncio.to_thread(it.daemon.ended) == 1
+        assert "cannot start: ImportError: no such module: multidict" in it.daemon.log
+        it.daemon.manager.catch_up()
+        assert set(it.daemon.manager.stored) >= kept - OWN
+        del it.daemon.environment["PYTHONPATH"]
+        await asyncio.to_thread(it.daemon.start)
+        await it.reach("paused")
+        await it.resume()
+
+
+def test_a_worker_that_fails_while_it_stops_leaves_its_guest_to_another_one(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_FAILS_ONCE_WHILE_IT_STOPS)
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "FAILED": str(tmp_path / "failed")}
+    with (
+        running_daemon(tmp_path, "workers = 1\n", environment=environment) as daemon,
+        running_guest(daemon, "vm0", "anonymous") as guest,
+    ):
+        source = Image(tmp_path / "image", seed=8).start_sending(
+            guest.says()["listen"][0], "--max-bandwidth", "4M"
+        )
+        wait_until(lambda: daemon.client.show("vm0")["state"] == "running")
+        daemon.terminate()
+        wait_until(lambda: "the worker has died" in daemon.log)
+        assert "this worker cannot go on: another one is to" in daemon.log
+        assert "RuntimeError: a mistake of ours" in daemon.log
+        assert_sent(source)
+        assert guest.says() == {"complete": True, "changed": 0}
+        assert daemon.ended() == 0
+        assert "Traceback" not in daemon.log
+
+
+_FAILS_ONCE_WHILE_IT_STOPS = """
+import os
+from postcopyd.daemon.registry import Registry
+
+stop = Registry.stop
+
+async def fail_once(self, wait):
+    if not os.path.exists(os.environ["FAILED"]):
+        open(os.environ["FAILED"], "w").close()
+        raise RuntimeError("a mistake of ours")
+    await stop(self, wait)
+
+Registry.stop = fail_once
+"""
 
 
 async def test_what_cannot_be_read_is_not_let_go_of_by_stopping(tmp_path: Path) -> None:

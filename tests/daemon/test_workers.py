@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -385,6 +386,38 @@ def test_a_worker_that_does_nothing_holds_up_nobody_elses(daemon: RunningDaemon)
             assert not asked.done()
         assert asked.result(LIMIT)["state"] == "running"
         daemon.client.cancel(slow, force=True)
+
+
+@contextmanager
+def no_descriptor_to_spare(process: int) -> Iterator[None]:
+    """A process that can open nothing more."""
+    taken = {int(entry.name) for entry in Path(f"/proc/{process}/fd").iterdir()}
+    first_free = min(set(range(len(taken) + 1)) - taken)
+    soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (first_free, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_worker_that_can_take_nothing_more_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    with (
+        running_daemon(tmp_path, 'workers = 2\n[log]\nformat = "json"\n') as daemon,
+        running_guests(daemon, "ab") as guests,
+    ):
+        (name,) = (name for name, worker in workers_of(daemon).items() if worker == 1)
+        daemon.descriptors_at_rest()
+        process = daemon.nth_worker(1)
+        with no_descriptor_to_spare(process):
+            with pytest.raises(MigrationFailed):
+                Vmm(daemon.handoff, name)
+            wait_until(lambda: "a VMM could not be taken" in daemon.log)
+        assert daemon.client.show(name)["state"] == "running"
+        assert daemon.nth_worker(1) == process
+        assert interrupted(daemon) == set()
+        for guest in guests.values():
+            complete(guest)
 
 
 # -- whole migrations, stopping --------------------------------------------------------------------
