@@ -78,6 +78,8 @@ class Recipient:
         self._loop = asyncio.get_running_loop()
         self.vmm: Vmm | None = None
         """None before one has come, and while one that did not load has none in its place."""
+        self.moving = False
+        """True while what is here is on its way to the memory of a VMM that replaces another."""
         self.attached = asyncio.Event()
         self._filling: MemoryFilling | None = None
         self._assemblers: tuple[Assembler, Assembler] | None = None
@@ -166,6 +168,7 @@ class Recipient:
         except (ValueError, VmmFailure, ProtocolError) as error:
             raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
         self._take(vmm, replaces=True)
+        self.moving = True
 
     def _take(self, vmm: Vmm, *, replaces: bool) -> None:
         inheriting.leave(vmm, self._estate, replaces=replaces)
@@ -251,6 +254,7 @@ class Recipient:
         await self._copy_aside(self.filling.move_to, vmm.memory)
         if self._blocktime is not None:
             self._blocktime.rename(vmm.thread_names)
+        self.moving = False
 
     def let_go(self) -> None:
         """Keep everything for another VMM, and forget the one that has not loaded.
@@ -258,6 +262,7 @@ class Recipient:
         :raise OSError: if there is no memory for pages that had just come: they are lost.
         """
         self.vmm = None
+        self.moving = False
         self.attached.clear()
         self.filling.let_go()
 

@@ -90,8 +90,13 @@ class Standing:
 
     @property
     def waits_for_vmm(self) -> bool:
-        """True when everything is kept for another VMM, because one has not loaded its devices."""
-        return self._recipient.vmm is None and self._course.state is State.PAUSED
+        """True when everything is kept for another VMM, because one has not loaded its devices.
+
+        Until that one has all of it: no page may come between.
+        """
+        recipient = self._recipient
+        without = recipient.vmm is None or recipient.moving
+        return without and self._course.state is State.PAUSED
 
     @property
     def package(self) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from postcopyd.incoming import events
 from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.states import State
-from postcopyd.incoming.vmm import FedBlock
+from postcopyd.incoming.vmm import DeviceLoad, FedBlock
 from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
 from tests.incoming.engine import MACHINE, Engine, InProcessVmm, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
+from tests.incoming.test_recovery import CONTENT, PAGES, ask_what_is_here, come_back, go_on
+from tests.support import wait_until
 
 MakeEngine = Callable[..., Engine]
 MakeGuest = Callable[..., Guest]
@@ -177,6 +180,62 @@ async def test_a_vmm_that_has_gone_before_it_ran_is_replaced_too(
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)
     assert await vmm.guest.content() == content
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+async def test_a_source_that_comes_back_is_taken_when_everything_has_been_moved(
+    make_engine: MakeEngine, make_guest: MakeGuest, shared: bool
+) -> None:
+    """A page that came in between would go where nobody looks any more."""
+    engine = make_engine(pages=PAGES, shared=shared)
+    await half_way(engine, CONTENT)
+    await refuse_to_load(engine)
+    engine.source.connection.close()
+    vmm = InProcessVmm(make_guest(pages=PAGES, shared=shared))
+    vmm.may_discard.clear()
+    engine.migration.attach_vmm(vmm)
+    engine.migration.path_lost("link eth0 was removed", for_good=True)
+    await engine.told(events.Paused)
+    await asyncio.to_thread(wait_until, lambda: "discard" in vmm.told)
+    ours, theirs = socket.socketpair()
+    with theirs, pytest.raises(Refused, match="waits for another VMM"):
+        engine.migration.attach_stream(ours, "the test again")
+    ours.close()
+    assert engine.migration.state is State.PAUSED
+    vmm.may_discard.set()
+    await engine.told(events.DeviceStateLoaded)
+    source = come_back(engine)
+    here = await ask_what_is_here(source)
+    assert here == set(range(PAGES // 2))
+    await go_on(source)
+    await engine.reach(State.RUNNING)
+    await source.postcopy("pc.ram", CONTENT, [p * PAGE for p in range(PAGES) if p not in here])
+    await source.end()
+    assert await source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == CONTENT
+
+
+async def test_a_mistake_of_ours_pauses_it_and_is_told(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that a migration has begun ends without anybody's knowing."""
+    engine = make_engine(pages=PAGES)
+    unexpected: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: unexpected.append(context["exception"])
+    )
+    mistake = KeyError("nobody thought of it")
+
+    async def stumble(load: DeviceLoad) -> None:
+        raise mistake
+
+    monkeypatch.setattr(engine.vmm, "run", stumble)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
+    await engine.reach(State.PAUSED)
+    assert "a mistake of postcopyd's" in (engine.migration.failure or "")
+    assert unexpected == [mistake]
 
 
 async def test_it_may_take_several_tries(make_engine: MakeEngine, make_guest: MakeGuest) -> None:
