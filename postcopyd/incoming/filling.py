@@ -13,6 +13,7 @@ from postcopyd.incoming.blocktime import Blocktime
 from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.faults import FaultHandler, UnexpectedEvent
 from postcopyd.incoming.holdings import Holdings
+from postcopyd.incoming.moving import Move
 from postcopyd.incoming.placing import Placer, VmmGone
 from postcopyd.incoming.poisoning import poison_missing
 from postcopyd.incoming.report import Counters, Histogram
@@ -309,17 +310,16 @@ class MemoryFilling:
             self.holdings.keep(block, start, length, address)
         self.waiting.clear()
 
-    def move_to(self, memory: GuestMemory) -> None:
-        """Fill the memory of another VMM, which fits, from now on. After `let_go`; then `listen`.
+    def move_to(self, memory: GuestMemory, move: Move) -> None:
+        """Fill the memory of another VMM from now on. After `let_go`; then `listen`.
 
-        Takes as long as copying does; may run in another thread.
-
-        :raise OSError: if its memory cannot be written. Nothing is lost then.
+        :param move: has copied everything to `memory`.
+        :raise OSError: if there is no memory for what serves it. Nothing is lost then.
         """
-        self.holdings.move_to(memory)
-        self._memory = memory
+        move.take_effect()
+        placer, faults = self._serve(memory)
         self._placer.close()
-        self._placer, self._faults = self._serve(memory)
+        self._memory, self._placer, self._faults = memory, placer, faults
 
     # -- the end of placing ----------------------------------------------------------------------
 

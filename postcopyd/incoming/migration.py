@@ -105,6 +105,7 @@ class IncomingMigration:
             link=lambda: self._standing.link,
             trace=trace,
             note=self._note,
+            record=self._record,
             runs=lambda: self._ending.come_if_all_is_here(),
         )
         self._standing = Standing(
@@ -359,9 +360,18 @@ class IncomingMigration:
     def _note(self) -> None:
         """Tell a successor how it stands."""
         try:
-            self._journal.write(self._standing.record())
+            self._record()
         except OSError as error:
             self._trace(events.NotNoted(str(error)))
+
+    def _record(self) -> None:
+        """As `_note`.
+
+        :raise OSError: if that cannot be told.
+        """
+        record = self._standing.record()
+        self._journal.write(record)
+        self._standing.recorded(record)
 
     # -- another VMM in the place of one that has not loaded --------------------------------------
 

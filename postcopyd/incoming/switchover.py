@@ -26,6 +26,7 @@ class Switchover:
         link: Callable[[], SourceLink | None],
         trace: Callable[[events.Event], None],
         note: Callable[[], None],
+        record: Callable[[], None],
         runs: Callable[[], None],
     ) -> None:
         """Do nothing before the source says that it switches over.
@@ -33,6 +34,7 @@ class Switchover:
         :param link: gives what connects us with the source, if anything does now.
         :param trace: told of what happens once.
         :param note: tells a successor how it stands.
+        :param record: as `note`, but raises OSError if that cannot be told.
         :param runs: told when the VMM has become the guest.
         """
         self._course = course
@@ -41,6 +43,7 @@ class Switchover:
         self._link = link
         self._trace = trace
         self._note = note
+        self._record = record
         self._runs = runs
         self.began_at: float | None = None
         """When the guest has stopped at the source, seconds of `perf_counter`; None before."""
@@ -127,7 +130,7 @@ class Switchover:
 
     async def replace(self) -> None:
         """Go on with another VMM where the one before has ended."""
-        await self._recipient.move()
+        await self._recipient.move(self._record)
         if self._link() is not None:
             self._course.step(State.LISTENING)
             self._course.failure = None
