@@ -317,6 +317,8 @@ class MemoryFilling:
         :raise OSError: if there is no memory for what serves it. Nothing is lost then.
         """
         move.take_effect()
+        # They are of the VMM before, and a successor would go through them again.
+        self._events[:] = bytes(len(self._events))
         placer, faults = self._serve(memory)
         self._placer.close()
         self._memory, self._placer, self._faults = memory, placer, faults

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -17,6 +18,7 @@ from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
 from postcopyd.incoming.vmm import DeviceLoad, FedBlock
+from postcopyd.kernel.userfaultfd import EVENT_REMOVE
 from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
 from tests.incoming.engine import MACHINE, Engine, InProcessVmm, Source, image
@@ -230,6 +232,37 @@ async def test_one_that_fails_while_everything_is_moved_changes_nothing_for_the_
     assert await third.content() == CONTENT
     source.close()
     await engine.finish()
+    assert holder.held == {}, "an ended migration leaves nothing"
+
+
+async def test_what_a_vmm_before_has_given_back_says_nothing_of_the_next_one(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    """They may lie at the same addresses, and a successor goes through the last messages again."""
+    holder = Holder()
+    engine = make_engine(pages=PAGES, keeper=holder)
+    await half_way(engine, CONTENT)
+    await refuse_to_load(engine)
+    second = make_guest(pages=PAGES)
+    start, end = second.address + 12 * PAGE, second.address + 16 * PAGE
+    message = struct.pack("<B7xQQQ", EVENT_REMOVE, start, end, 0)
+    os.pwrite(holder.held["journal"], message, 4096)
+    engine.migration.attach_vmm(InProcessVmm(second))
+    await engine.told(events.DeviceStateLoaded)
+
+    own, engine.guest = engine.guest, second
+    succeed(engine, holder)
+    source = come_back(engine)
+    here = await ask_what_is_here(source)
+    assert here == set(range(PAGES // 2))
+    await go_on(source)
+    await source.postcopy("pc.ram", CONTENT, [p * PAGE for p in range(PAGES) if p not in here])
+    await source.end()
+    assert await source.wait_for_shut() == Shut(0)
+    assert await second.content() == CONTENT
+    source.close()
+    await engine.finish()
+    engine.guest = own
     assert holder.held == {}, "an ended migration leaves nothing"
 
 
