@@ -295,6 +295,7 @@ class IncomingMigration:
             )
         if Feature.POISON not in Userfaultfd.offered():
             raise Refused(f"this kernel has no UFFDIO_POISON: Linux {Feature.POISON.since} has")
+        self._sourcing.drop()
         if self.state is not State.PAUSED:
             self._sourcing.lose("abandoned by an operator")
         self._course.step(State.ABANDONING)
