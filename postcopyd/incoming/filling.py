@@ -111,6 +111,7 @@ class MemoryFilling:
             self._latency,
             self._blocktime,
         )
+        placer.keep = holdings.keep
         memory.userfaultfd.read_into(self._events)
         features = features_of(memory.userfaultfd.fileno()) or Feature(0)
         faults = FaultHandler(
@@ -157,6 +158,7 @@ class MemoryFilling:
         assert self._loop is not None
         self._runs = True
         self._faults.keep_staged = False
+        self._placer.keep = None
         if self._advance_stage_cursor((0, 0)):
             self._loop.call_soon(self._place_staged)
 

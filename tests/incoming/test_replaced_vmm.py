@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import socket
@@ -18,13 +19,20 @@ from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
 from postcopyd.incoming.vmm import DeviceLoad, FedBlock
-from postcopyd.kernel.userfaultfd import EVENT_REMOVE
+from postcopyd.kernel.userfaultfd import EVENT_REMOVE, Feature
 from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
 from tests.incoming.engine import MACHINE, Engine, InProcessVmm, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
 from tests.incoming.heirs import Holder, succeed
-from tests.incoming.test_recovery import CONTENT, PAGES, ask_what_is_here, come_back, go_on
+from tests.incoming.test_recovery import (
+    CONTENT,
+    PAGES,
+    ask_what_is_here,
+    come_back,
+    go_on,
+    seen,
+)
 from tests.support import wait_until
 
 MakeEngine = Callable[..., Engine]
@@ -48,6 +56,9 @@ async def make_guest() -> AsyncIterator[MakeGuest]:
 
     yield make
     for guest in made:
+        # Whoever unmaps what is watched waits, while anybody has a copy of the userfaultfd.
+        with contextlib.suppress(OSError):
+            guest.userfaultfd.unregister(guest.address, guest.length)
         guest.close()
 
 
@@ -264,6 +275,30 @@ async def test_what_a_vmm_before_has_given_back_says_nothing_of_the_next_one(
     await engine.finish()
     engine.guest = own
     assert holder.held == {}, "an ended migration leaves nothing"
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["and tells it", "without the event"])
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+async def test_what_a_vmm_unmaps_before_it_has_run_is_not_lost_for_the_next(
+    make_engine: MakeEngine, make_guest: MakeGuest, shared: bool, told: bool
+) -> None:
+    """As one does that ends in good order, and is found out later."""
+    features = Feature.EVENT_REMOVE | Feature.THREAD_ID
+    if told:
+        features |= Feature.EVENT_UNMAP
+    engine = make_engine(pages=PAGES, shared=shared, features=features)
+    await half_way(engine, CONTENT)
+    unmapping = engine.guest.unmap(0, PAGES)
+    await asyncio.to_thread(unmapping.join, LIMIT)
+    await engine.source.postcopy("pc.ram", CONTENT, range(8 * PAGE, 12 * PAGE, PAGE))
+    await seen(engine.source)
+    await refuse_to_load(engine)
+    vmm = InProcessVmm(make_guest(pages=PAGES, shared=shared))
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", CONTENT, range(12 * PAGE, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == CONTENT
 
 
 class Steps:
