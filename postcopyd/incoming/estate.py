@@ -54,6 +54,10 @@ class Estate:
         """Tell whether something is left by that name, by us or by a predecessor."""
         return name in self._left
 
+    def left(self, prefix: str) -> list[str]:
+        """Return what is left by names that begin so, by us or by a predecessor."""
+        return [name for name in self._left if name.startswith(prefix)]
+
     def take(self, name: str) -> int | None:
         """Return what a predecessor has left by that name, which is the caller's then."""
         return self._inherited.pop(name, None)

@@ -96,6 +96,8 @@ class FaultHandler:
             if event == EVENT_PAGEFAULT:
                 faults.append(second)
                 threads.append(third)
+            elif event == EVENT_UNMAP and self.keep_staged:
+                pass  # says nothing of the content, which is the next VMM's then
             elif event in (EVENT_REMOVE, EVENT_UNMAP):
                 removals.append((first, second))
             else:

@@ -14,6 +14,7 @@ from postcopyd.incoming.blocktime import Blocktime
 from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.faults import FaultHandler, UnexpectedEvent
 from postcopyd.incoming.holdings import Holdings
+from postcopyd.incoming.moving import Move
 from postcopyd.incoming.placing import Placer, VmmGone
 from postcopyd.incoming.poisoning import poison_missing
 from postcopyd.incoming.report import Counters, Histogram
@@ -114,6 +115,7 @@ class MemoryFilling:
             self._blocktime,
             frozenset(stage.block.index for stage in holdings.stages if stage.direct),
         )
+        placer.keep = holdings.keep
         memory.userfaultfd.read_into(self._events)
         faults = FaultHandler(
             memory.userfaultfd,
@@ -178,6 +180,7 @@ class MemoryFilling:
         assert self._loop is not None
         self._runs = True
         self._faults.keep_staged = False
+        self._placer.keep = None
         if self._advance_stage_cursor((0, 0)):
             self._stage_turn = self._loop.call_soon(self._place_staged)
 
@@ -336,17 +339,18 @@ class MemoryFilling:
             self.holdings.keep(block, start, length, address)
         self.waiting.clear()
 
-    def move_to(self, memory: GuestMemory) -> None:
-        """Fill the memory of another VMM, which fits, from now on. After `let_go`; then `listen`.
+    def move_to(self, memory: GuestMemory, move: Move) -> None:
+        """Fill the memory of another VMM from now on. After `let_go`; then `listen`.
 
-        Takes as long as copying does; may run in another thread.
-
-        :raise OSError: if its memory cannot be written. Nothing is lost then.
+        :param move: has copied everything to `memory`.
+        :raise OSError: if there is no memory for what serves it. Nothing is lost then.
         """
-        self.holdings.move_to(memory)
-        self._memory = memory
+        move.take_effect()
+        # They are of the VMM before, and a successor would go through them again.
+        self._events[:] = bytes(len(self._events))
+        placer, faults = self._serve(memory)
         self._placer.close()
-        self._placer, self._faults = self._serve(memory)
+        self._memory, self._placer, self._faults = memory, placer, faults
 
     # -- the end of placing ----------------------------------------------------------------------
 

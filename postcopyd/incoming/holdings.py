@@ -30,7 +30,7 @@ class Holdings:
         :raise ValueError: if the blocks contradict each other, or what a predecessor has left.
         """
         self._estate = estate
-        self.blocks = _table(memory.blocks)
+        self.blocks = table_of(memory.blocks)
         self.page_map = PageMap(self.blocks, estate.take("page-map"))
         if not estate.leaves("page-map"):
             estate.keep("page-map", self.page_map.descriptor)
@@ -39,20 +39,30 @@ class Holdings:
         self._closed = False
         try:
             for block, handed in zip(self.blocks, memory.blocks, strict=True):
-                self.stages.append(self._stage(block, handed))
+                self.stages.append(self.new_stage(block, handed))
         except BaseException:
             self.close()
             raise
 
-    def _stage(self, block: RamBlock, handed: HandedBlock) -> BlockStage:
-        """Return a stage for a block of the VMM's, and leave its file to a successor."""
-        name = f"staging-{block.index}"
+    def new_stage(self, block: RamBlock, handed: HandedBlock) -> BlockStage:
+        """Return a stage for a block of the VMM's, and leave its file to a successor.
+
+        :raise OSError: if there is no memory for it, or the VMM's file cannot be used.
+        :raise ValueError: if what a predecessor has left is not of the size of the block.
+        """
         if handed.memory_file is not None:
             return BlockStage(block, handed, self.page_map[block.index])
         file = self._estate.open(
-            name, lambda: memory_file.create("postcopyd-staging", block.length)
+            _staging_of(block), lambda: memory_file.create("postcopyd-staging", block.length)
         )
         return BlockStage(block, handed, self.page_map[block.index], file)
+
+    def release_staging(self) -> None:
+        """Leave no staging of blocks whose pages go straight into the VMM's memory."""
+        for stage in self.stages:
+            name = _staging_of(stage.block)
+            if stage.direct and self._estate.leaves(name):
+                self._estate.release(name)
 
     def block_of(self, name: str) -> RamBlock:
         """Return the block that the source calls so.
@@ -162,55 +172,6 @@ class Holdings:
             maps = self.page_map[block.index]
             yield block, maps.requested & ~maps.received
 
-    def check_fits(self, memory: GuestMemory) -> None:
-        """Check that another VMM has the same blocks.
-
-        :raise ValueError: naming the first difference.
-        """
-        theirs = {block.name: block for block in memory.blocks}
-        for block in self.blocks:
-            other = theirs.pop(block.name, None)
-            if other is None:
-                raise ValueError(f"it has no RAM block {block.name!r}")
-            if (other.length, other.page_size) != (block.length, block.page_size):
-                raise ValueError(
-                    f"its RAM block {block.name!r} has {other.length:#x} bytes in pages of "
-                    f"{other.page_size:#x}, not {block.length:#x} in pages of {block.page_size:#x}"
-                )
-        if theirs:
-            raise ValueError(f"it has a RAM block {next(iter(theirs))!r} more")
-
-    def move_to(self, memory: GuestMemory) -> None:
-        """Give what is here to the memory of another VMM, which fits and has not run.
-
-        Takes as long as copying does; may run in another thread, while nobody else is at it.
-
-        :raise OSError: if its memory cannot be written. Everything is as before then.
-        """
-        theirs = {block.name: block for block in memory.blocks}
-        handed = [theirs[block.name] for block in self.blocks]
-        blocks = _table(handed)
-        stages: list[BlockStage] = []
-        try:
-            for block, other, stage in zip(blocks, handed, self.stages, strict=True):
-                stages.append(self._moved(stage, block, other))
-        except BaseException:
-            _close(set(stages) - set(self.stages))
-            raise
-        _close(set(self.stages) - set(stages))
-        self.blocks, self.stages = blocks, stages
-
-    def _moved(self, stage: BlockStage, block: RamBlock, handed: HandedBlock) -> BlockStage:
-        if not stage.direct and handed.memory_file is None:
-            return stage
-        moved = self._stage(block, handed)
-        try:
-            moved.take_over(stage)
-        except BaseException:
-            moved.close()
-            raise
-        return moved
-
     def reports(self) -> list[BlockReport]:
         """Tell of each block how much is here."""
         return [
@@ -232,12 +193,18 @@ class Holdings:
             self.page_map.close()
 
 
+def _staging_of(block: RamBlock) -> str:
+    """Return the name in an estate of what is staged for a block."""
+    return f"staging-{block.index}"
+
+
 def _close(stages: Iterable[BlockStage]) -> None:
     for stage in stages:
         stage.close()
 
 
-def _table(blocks: Sequence[HandedBlock]) -> BlockTable:
+def table_of(blocks: Sequence[HandedBlock]) -> BlockTable:
+    """Return the blocks as they lie in the VMM, in this order."""
     return BlockTable(
         [
             RamBlock(block.name, block.length, block.page_size, block.address, index)

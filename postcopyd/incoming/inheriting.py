@@ -14,10 +14,11 @@ from postcopyd.incoming.journal import BlockRecord, FedBlockRecord, JournalUnrea
 from postcopyd.incoming.vmm import FedBlock, GuestMemory, HandedBlock, Vmm
 from postcopyd.kernel.userfaultfd import Userfaultfd, is_userfaultfd
 
-_PREFIX = "vmm-"
+PREFIX = "vmm-"
+"""What the names of a VMM's descriptors begin with in an estate."""
 USERFAULTFD = "userfaultfd"
 """The name among a VMM's descriptors that every one has."""
-WATCHES_MEMORY = _PREFIX + USERFAULTFD
+WATCHES_MEMORY = PREFIX + USERFAULTFD
 """The name in an estate that is there if a VMM was: its guest waits as long as that is held."""
 
 
@@ -43,19 +44,32 @@ RestoreVmm = Callable[[InheritedVmm], Vmm]
 Raises `VmmFailure` if nobody can go on with it, and leaves it alone then."""
 
 
-def leave(vmm: Vmm, estate: Estate, *, replaces: bool) -> None:
+def leave(vmm: Vmm, estate: Estate, aside: str = "", *, replaces: bool = False) -> None:
     """Leave the VMM's descriptors to a successor.
 
+    :param aside: what is to stand before their names.
     :param replaces: in the place of those of another one.
     """
     for name, descriptor in vmm.descriptors.items():
-        if replaces or not estate.leaves(_PREFIX + name):
-            estate.keep(_PREFIX + name, descriptor)
+        kept_as = PREFIX + aside + name
+        if replaces or not estate.leaves(kept_as):
+            estate.keep(kept_as, descriptor)
 
 
-def record_of(vmm: Vmm) -> VmmRecord:
-    """Return what the journal is to say of a VMM."""
-    names = {descriptor: name for name, descriptor in vmm.descriptors.items()}
+def release_others(vmm: Vmm, estate: Estate) -> None:
+    """Leave nothing of any other VMM, and nothing aside."""
+    its_own = {PREFIX + name for name in vmm.descriptors}
+    for name in estate.left(PREFIX):
+        if name not in its_own:
+            estate.release(name)
+
+
+def record_of(vmm: Vmm, aside: str = "") -> VmmRecord:
+    """Return what the journal is to say of a VMM.
+
+    :param aside: what stands before the names of its descriptors in the estate.
+    """
+    names = {descriptor: aside + name for name, descriptor in vmm.descriptors.items()}
     return VmmRecord(
         kind=vmm.kind,
         facts=msgspec.Raw(msgspec.json.encode(vmm.facts())),
@@ -83,9 +97,9 @@ def inherit(record: VmmRecord, estate: Estate) -> InheritedVmm:
     :raise JournalUnreadable: if a descriptor that must be there is not, or is of something else.
     """
     descriptors = {
-        name.removeprefix(_PREFIX): estate.take(name)
+        name.removeprefix(PREFIX): estate.take(name)
         for name in list(estate.inherited)
-        if name.startswith(_PREFIX)
+        if name.startswith(PREFIX)
     }
     taken = {name: number for name, number in descriptors.items() if number is not None}
     with ExitStack() as resources:

@@ -112,6 +112,7 @@ class IncomingMigration:
             all_came=lambda: self._arrival.complete,
             trace=trace,
             note=self._note,
+            record=self._record,
             runs=lambda: self._ending.come_if_all_is_here(),
         )
         self._standing = Standing(
@@ -308,6 +309,7 @@ class IncomingMigration:
             )
         if Feature.POISON not in Userfaultfd.offered():
             raise Refused(f"this kernel has no UFFDIO_POISON: Linux {Feature.POISON.since} has")
+        self._sourcing.drop()
         if self.state is not State.PAUSED:
             self._sourcing.lose("abandoned by an operator")
         self._course.step(State.ABANDONING)
@@ -373,9 +375,18 @@ class IncomingMigration:
     def _note(self) -> None:
         """Tell a successor how it stands."""
         try:
-            self._journal.write(self._standing.record())
+            self._record()
         except OSError as error:
             self._trace(events.NotNoted(str(error)))
+
+    def _record(self) -> None:
+        """As `_note`.
+
+        :raise OSError: if that cannot be told.
+        """
+        record = self._standing.record()
+        self._journal.write(record)
+        self._standing.recorded(record)
 
     # -- another VMM in the place of one that has not loaded --------------------------------------
 

@@ -9,7 +9,8 @@ EEXIST            the VMM has the page already: count it, wake it, never overwri
                   `_is_there` for huge pages)
 EAGAIN            the VMM's memory layout is changing (an unread event, a fork): put off
 ENOMEM, ENOSPC    no memory for the VMM now: put off
-ENOENT            the range is not mapped or not registered any more: the VMM gave it up, drop it
+ENOENT            the range is not mapped or not registered any more: the VMM gave it up, drop it;
+                  or keep it, while another VMM may have to take this one's place
 ESRCH             the VMM has exited: `VmmGone`
 ================= ================================================================================
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -95,6 +96,9 @@ class Placer:
         placed."""
         self.placed_of_staged: set[int] = set()
         """VMM address of each host page that is placed and still staged: before the guest runs."""
+        self.keep: Callable[[RamBlock, int, int, int], None] | None = None
+        """Given what is not mapped any more before the guest has run, as it is the next VMM's:
+        block, offset, length, address here (0: zeros). None once it runs. May raise OSError."""
         huge = max((block.page_size for block in blocks), default=0)
         # Huge pages have no UFFDIO_ZEROPAGE: zeros are copied from a page that nobody ever wrote,
         # so that the kernel's one zero page stands behind all of it.
@@ -288,10 +292,13 @@ class Placer:
         elif result in _PUT_OFF:
             return False
         elif result == _NOT_MAPPED:
-            maps.received[page] = 1
-            maps.zero[page] = 1
-            self.any_removed = True
-            counters.pages_removed += 1
+            if self.keep is not None:
+                self.keep(block, run.offset, size, run.source)
+            else:
+                maps.received[page] = 1
+                maps.zero[page] = 1
+                self.any_removed = True
+                counters.pages_removed += 1
             self.forget_fault(destination)
             self._skip(run, size)
         else:

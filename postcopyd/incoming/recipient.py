@@ -11,14 +11,21 @@ import os
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
-from postcopyd.incoming import handshake, inheriting
+from postcopyd.incoming import handshake, inheriting, source_record
+from postcopyd.incoming.aside import Aside
 from postcopyd.incoming.assembling import Assembler
 from postcopyd.incoming.blocktime import Blocktime, ThreadReport
 from postcopyd.incoming.collecting import Collection
 from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.filling import MemoryFilling
-from postcopyd.incoming.journal import JournalUnreadable, SourceBlockRecord, SourceRecord
+from postcopyd.incoming.journal import (
+    JournalUnreadable,
+    SourceRecord,
+    VmmRecord,
+)
 from postcopyd.incoming.loading import Loading
+from postcopyd.incoming.moving import check_fits
+from postcopyd.incoming.replacing import Replacement
 from postcopyd.incoming.report import BlockReport, Counters, Histogram
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.vmm import FedBlock, GuestMemory, Vmm, VmmFailure
@@ -26,7 +33,6 @@ from postcopyd.kernel import memory_file
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.ram.block import RamBlock
 from postcopyd.ram.page_map import received_bitmap
-from postcopyd.wire import stream_writer
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.messages import (
     Advise,
@@ -38,7 +44,6 @@ from postcopyd.wire.messages import (
     Pages,
     ZeroPages,
 )
-from postcopyd.wire.stream_reader import ResumeState, StreamReader
 
 MAIN, PREEMPT = 0, 1
 """The channels on which pages come."""
@@ -78,6 +83,7 @@ class Recipient:
         self._loop = asyncio.get_running_loop()
         self.vmm: Vmm | None = None
         """None before one has come, and while one that did not load has none in its place."""
+        self._replacement: Replacement | None = None
         self.attached = asyncio.Event()
         self._filling: MemoryFilling | None = None
         self._assemblers: tuple[Assembler, Assembler] | None = None
@@ -87,7 +93,7 @@ class Recipient:
         self._block_list: BlockList | None = None
         self._target_page_size = 0
         self._discard_asked = False
-        self._copying: asyncio.Future[None] | None = None
+        self._aside = Aside(self._loop)
         self.loaded_at: float | None = None
         """When the VMM has run, seconds of `perf_counter`; None before."""
 
@@ -108,7 +114,8 @@ class Recipient:
             self._open(vmm.memory, vmm.fed_blocks, vmm.thread_names)
         except (OSError, ValueError) as error:
             raise Refused(f"the memory of the VMM cannot be used: {error}") from error
-        self._take(vmm, replaces=False)
+        inheriting.leave(vmm, self._estate)
+        self._take(vmm)
 
     def _open(
         self,
@@ -158,17 +165,17 @@ class Recipient:
         assert self._loading is not None and self._block_list is not None
         holdings = self.filling.holdings
         try:
-            holdings.check_fits(vmm.memory)
+            check_fits(holdings, vmm.memory)
             vmm.check_machine(self._loading.configuration.machine)
             handshake.check_block_list(
                 self._block_list, holdings.blocks, Collection(vmm.fed_blocks)
             )
         except (ValueError, VmmFailure, ProtocolError) as error:
             raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
-        self._take(vmm, replaces=True)
+        self._replacement = Replacement(vmm, self._estate)
+        self._take(vmm)
 
-    def _take(self, vmm: Vmm, *, replaces: bool) -> None:
-        inheriting.leave(vmm, self._estate, replaces=replaces)
+    def _take(self, vmm: Vmm) -> None:
         self.vmm = vmm
         self.attached.set()
 
@@ -196,20 +203,11 @@ class Recipient:
         :raise JournalUnreadable: if it cannot have said that.
         """
         try:
-            # Where it ends shows only in what follows.
-            told = StreamReader().feed(source.configuration + stream_writer.open_return_path())
-            configuration = next(told)
-            assert isinstance(configuration, Configuration)
+            configuration = source_record.configuration_of(source)
             self._loading = loading = Loading(configuration)
             loading.collection = self._collection
-            blocks = tuple(
-                BlockEntry(block.name, block.length, block.page_size) for block in source.blocks
-            )
-            self.take_block_list(BlockList(sum(block.length for block in blocks), blocks))
-            length = source.package_length
-            if length > os.fstat(self._package_file).st_size:
-                raise ValueError(f"its device package of {length} bytes is not whole")
-            loading.take_package(Package(os.pread(self._package_file, length, 0)))
+            self.take_block_list(source_record.block_list_of(source))
+            loading.take_package(source_record.package_of(source, self._package_file))
             if source.target_page_size != HOST_PAGE_SIZE:
                 raise ValueError(f"target pages of {source.target_page_size} bytes")
         except (ProtocolError, ValueError, StopIteration) as error:
@@ -239,18 +237,26 @@ class Recipient:
         self.vmm = vmm
         return self.filling.holdings.missing_pages()
 
-    async def move(self) -> None:
+    @property
+    def moving(self) -> bool:
+        """True while what is here is on its way to the memory of a VMM that replaces another."""
+        return self._replacement is not None and not self._replacement.in_place
+
+    async def move(self, record: Callable[[], None]) -> None:
         """Give what is here to the memory of the VMM that has taken another's place.
 
-        :raise VmmFailure: if it does not do its part.
-        :raise OSError: if its memory cannot be written.
+        :param record: tells a successor how it stands, or raises OSError.
+        :raise VmmFailure: if it does not do its part, or its memory cannot be written. Everything
+            is as before then.
         """
-        vmm = self._the_vmm()
-        await vmm.advise()
-        await vmm.discard()
-        await self._copy_aside(self.filling.move_to, vmm.memory)
+        assert self._replacement is not None
+        try:
+            await self._replacement.move(self.filling, self._aside, record)
+        except (OSError, ValueError) as error:
+            raise VmmFailure(f"what is here cannot be given to it: {error}") from error
+        self._replacement = None
         if self._blocktime is not None:
-            self._blocktime.rename(vmm.thread_names)
+            self._blocktime.rename(self._the_vmm().thread_names)
 
     def let_go(self) -> None:
         """Keep everything for another VMM, and forget the one that has not loaded.
@@ -258,8 +264,17 @@ class Recipient:
         :raise OSError: if there is no memory for pages that had just come: they are lost.
         """
         self.vmm = None
+        if self._replacement is not None:
+            self._replacement.give_up()
+            self._replacement = None
         self.attached.clear()
         self.filling.let_go()
+
+    def vmm_record(self) -> VmmRecord | None:
+        """Return what the journal is to say of the VMM; None if that is what it has said."""
+        if self._replacement is not None:
+            return self._replacement.record
+        return inheriting.record_of(self.vmm) if self.vmm is not None else None
 
     @property
     def filling(self) -> MemoryFilling:
@@ -288,21 +303,6 @@ class Recipient:
         """True once the source has sent its configuration."""
         return self._loading is not None
 
-    def source_record(self, resume: ResumeState) -> SourceRecord:
-        """Return what the journal is to say of the source, once its package has come."""
-        package = self.loading.package
-        assert package is not None
-        return SourceRecord(
-            configuration=self.loading.configuration.raw,
-            blocks=tuple(
-                SourceBlockRecord(block.name, block.length, block.page_size)
-                for block in resume.blocks
-            ),
-            section_id=resume.section_id,
-            target_page_size=resume.target_page_size,
-            package_length=len(package.data),
-        )
-
     async def prepare(self, message: Advise, return_path_open: bool) -> None:
         """Agree on machine and page sizes, and empty all memory.
 
@@ -317,7 +317,7 @@ class Recipient:
         vmm.check_machine(self.loading.configuration.machine)
         handshake.check_advise(message, holdings.blocks, self._collection, return_path_open)
         await vmm.advise()
-        await self._copy_aside(holdings.empty)
+        await self._aside.do(holdings.empty)
 
     def take_block_list(self, message: BlockList) -> None:
         """Compare the source's RAM blocks with the VMM's.
@@ -498,19 +498,14 @@ class Recipient:
 
     def close(self, closed: Callable[[], None]) -> None:
         """Release everything, the VMM's descriptors too, and then call `closed`."""
-        copying = self._copying
-        if copying is None or copying.done():
-            self._close(closed)
-        else:
-            # A thread is at work on the memory files: closing one under it would let it loose on
-            # whatever gets the descriptor's number next.
-            copying.add_done_callback(lambda copied: self._close(closed, copied))
 
-    def _close(
-        self, closed: Callable[[], None], copied: asyncio.Future[None] | None = None
-    ) -> None:
-        if copied is not None and not copied.cancelled():
-            copied.exception()  # it has ended anyway: why does not matter any more
+        def close() -> None:
+            self._close()
+            closed()
+
+        self._aside.then(close)
+
+    def _close(self) -> None:
         if self._filling is not None:
             self._filling.close()
         self._collection.close()
@@ -519,12 +514,6 @@ class Recipient:
             self._package_file = -1
         if self.vmm is not None:
             self.vmm.close()
-        closed()
-
-    async def _copy_aside(self, work: Callable[..., None], *arguments: object) -> None:
-        """Have a thread do what takes long, at memory files that must stay open meanwhile."""
-        self._copying = self._loop.run_in_executor(None, work, *arguments)
-        await asyncio.shield(self._copying)
 
     # -- how it stands -------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 import fcntl
 import os
 
+from bitarray import bitarray
+
 from postcopyd.incoming.vmm import HandedBlock
 from postcopyd.kernel import memory_file
 from postcopyd.kernel.memory import HOST_PAGE_SIZE, Mapping, advise
@@ -110,12 +112,15 @@ class BlockStage:
 
     def write(self, offset: int, payload: memoryview) -> None:
         """Keep page content; the last one counts."""
+        self._store(offset, payload)
+        self._mark(offset, len(payload), staged=not self.direct, zero=False)
+
+    def _store(self, offset: int, payload: memoryview) -> None:
         if self._view is None:
             self._write_file(offset, payload)
         else:
             self._reserve(offset, len(payload))
             self._view[offset : offset + len(payload)] = payload
-        self._mark(offset, len(payload), staged=not self.direct, zero=False)
 
     def write_zeros(self, offset: int, length: int) -> None:
         """Keep zero pages: for pages of the common size as knowledge, not as bytes."""
@@ -159,24 +164,36 @@ class BlockStage:
         self.discard(0, self.block.length)
 
     def take_over(self, other: BlockStage) -> None:
-        """Take what `other` has of the same block, for another VMM that has not run yet.
+        """Copy what `other` has of the same block, for another VMM that has not run yet.
 
-        Both have the same maps, and this one's memory has nothing to keep. Takes as long as
-        copying does.
+        Both have the same maps, which do not change by it; this one's memory has nothing to keep.
+        Takes as long as copying does.
         """
         self._punch(0, self.block.length)
         self._moving = True
         size = self.block.page_size
-        maps = self._maps
-        present = maps.received[: self.block.pages] & ~maps.zero[: self.block.pages]
+        present = self._present()
         step = max(_MOVE // size, 1)
         page = present.find(1)
         while page >= 0:
             beyond = present.find(0, page, page + step)
             count = (beyond if beyond >= 0 else min(page + step, len(present))) - page
-            self.write(page * size, other._read(page * size, count * size))
+            self._store(page * size, other._read(page * size, count * size))
             page = present.find(1, page + count)
         self._moving = False
+
+    def all_is_staged(self) -> None:
+        """Have everything that is here wait to be placed. After `take_over`."""
+        self._maps.staged[: self.block.pages] = self._present()
+
+    def nothing_is_staged(self) -> None:
+        """Have nothing wait to be placed: it is in the VMM's memory. After `take_over`."""
+        self._maps.staged.setall(0)
+
+    def _present(self) -> bitarray:
+        """Return which pages are here with content of their own."""
+        pages = self.block.pages
+        return self._maps.received[:pages] & ~self._maps.zero[:pages]
 
     def _read(self, offset: int, length: int) -> memoryview:
         if self._mapping is not None:

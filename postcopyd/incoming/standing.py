@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from time import perf_counter
 
-from postcopyd.incoming import inheriting
+from postcopyd.incoming import source_record
 from postcopyd.incoming.arrival import Arrival
 from postcopyd.incoming.course import Course
 from postcopyd.incoming.journal import MigrationRecord, VmmRecord
@@ -86,12 +86,21 @@ class Standing:
         self._counters.take_over(record.counters)
         self._bytes_before = record.bytes_received
 
+    def recorded(self, record: MigrationRecord) -> None:
+        """Say that this is what a successor is told now."""
+        self._vmm = record.vmm
+
     # -- what is told ----------------------------------------------------------------------------
 
     @property
     def waits_for_vmm(self) -> bool:
-        """True when everything is kept for another VMM, because one has not loaded its devices."""
-        return self._recipient.vmm is None and self._course.state is State.PAUSED
+        """True when everything is kept for another VMM, because one has not loaded its devices.
+
+        Until that one has all of it: no page may come between.
+        """
+        recipient = self._recipient
+        without = recipient.vmm is None or recipient.moving
+        return without and self._course.state is State.PAUSED
 
     @property
     def package(self) -> bytes | None:
@@ -115,19 +124,17 @@ class Standing:
     def record(self) -> MigrationRecord:
         """Return what a successor has to know."""
         recipient = self._recipient
-        if recipient.vmm is not None:
-            self._vmm = inheriting.record_of(recipient.vmm)
         if self.link is not None and recipient.has_block_list:
             self.resume = self.link.resume_state()
         source = None
         if self.package is not None and self.resume is not None:
-            source = recipient.source_record(self.resume)
+            source = source_record.record_of(recipient.loading, self.resume)
         return MigrationRecord(
             state=self._course.state.value,
             failure=self._course.failure,
             peer=self.peer,
             preempt=self.preempt,
-            vmm=self._vmm,
+            vmm=recipient.vmm_record() or self._vmm,
             waits_for_vmm=self.waits_for_vmm,
             source=source,
             switchover_at=self._switchover.began_at,

@@ -27,6 +27,7 @@ class Switchover:
         all_came: Callable[[], bool],
         trace: Callable[[events.Event], None],
         note: Callable[[], None],
+        record: Callable[[], None],
         runs: Callable[[], None],
     ) -> None:
         """Do nothing before the source says that it switches over.
@@ -35,6 +36,7 @@ class Switchover:
         :param all_came: tells whether all that the source has is here, so that it need not be.
         :param trace: told of what happens once.
         :param note: tells a successor how it stands.
+        :param record: as `note`, but raises OSError if that cannot be told.
         :param runs: told when the VMM has become the guest.
         """
         self._course = course
@@ -44,6 +46,7 @@ class Switchover:
         self._all_came = all_came
         self._trace = trace
         self._note = note
+        self._record = record
         self._runs = runs
         self.began_at: float | None = None
         """When the guest has stopped at the source, seconds of `perf_counter`; None before."""
@@ -130,7 +133,7 @@ class Switchover:
 
     async def replace(self) -> None:
         """Go on with another VMM where the one before has ended."""
-        await self._recipient.move()
+        await self._recipient.move(self._record)
         if self._link() is not None or self._all_came():
             self._course.step(State.LISTENING)
             self._course.failure = None

@@ -23,7 +23,7 @@ class Tasks:
         """Begin with none.
 
         :param vmm_failed: told when the VMM has not done its part in one of them.
-        :param failed: told of a `ProtocolError` or an `OSError`.
+        :param failed: told of a `ProtocolError`, an `OSError`, or a mistake of ours.
         """
         self._loop = loop
         self._vmm_failed = vmm_failed
@@ -41,6 +41,12 @@ class Tasks:
                 self._vmm_failed(error)
             except (ProtocolError, OSError) as error:
                 self._failed(error)
+            except Exception as error:
+                # A mistake of ours. Whoever waits for this work would wait for ever.
+                self._loop.call_exception_handler(
+                    {"message": "unexpected error in a migration", "exception": error}
+                )
+                self._failed(RuntimeError(f"a mistake of postcopyd's, see its log: {error!r}"))
 
         task = self._loop.create_task(guarded())
         self._tasks.add(task)

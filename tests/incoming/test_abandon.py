@@ -19,10 +19,11 @@ from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.report import MissingRange
 from postcopyd.incoming.states import State
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd
+from postcopyd.wire import stream_writer
 from tests.incoming.engine import Engine
-from tests.incoming.guest import HUGE, PAGE, Guest
+from tests.incoming.guest import HUGE, LIMIT, PAGE, Guest
 from tests.incoming.heirs import Holder, succeed
-from tests.incoming.test_recovery import CONTENT, PAGES, broken
+from tests.incoming.test_recovery import CONTENT, PAGES, broken, come_back, seen
 from tests.support import GuestThread, libc
 
 MakeEngine = Callable[..., Engine]
@@ -251,3 +252,43 @@ async def test_a_changing_memory_is_waited_for(make_engine: MakeEngine) -> None:
     await asyncio.to_thread(removing.join)
     assert await read(engine.guest, 15) == bytes(8)
     assert await read(engine.guest, 14) is None
+
+
+async def test_a_source_that_waits_to_come_back_is_dropped_as_well(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
+    await engine.reach(State.RUNNING)
+    await engine.source.postcopy("pc.ram", CONTENT, [page * PAGE for page in range(4)])
+    await seen(engine.source)
+    back = come_back(engine)  # before its break is noticed
+    await back.send(stream_writer.received_bitmap_request("pc.ram"))
+    link = engine.migration._standing.link
+    assert link is not None
+    async with asyncio.timeout(LIMIT):
+        while link._returning is None:
+            await asyncio.sleep(0)
+    engine.migration.abandon(force=True)
+    assert await back.wait_for_close() == b""
+    await engine.finish()
+    assert engine.migration.state is State.ABANDONED
+    assert engine.migration.report().missing == [
+        MissingRange("pc.ram", 4 * PAGE, (PAGES - 4) * PAGE)
+    ]
+    await assert_kept(engine.guest, range(4))
+
+
+async def test_a_source_that_has_come_back_and_not_spoken_is_dropped_as_well(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES)
+    await broken(engine, here=range(4))
+    back = come_back(engine)
+    engine.migration.abandon(force=False)
+    assert await back.wait_for_close() == b""
+    await engine.finish()
+    assert engine.migration.state is State.ABANDONED
+    await assert_kept(engine.guest, range(4))
