@@ -278,6 +278,7 @@ class Channel:
             that belongs to it. One that got lost (this process has too many) must not pass for
             one that never was: what it is for would be given up.
         """
+        reset = False
         while True:
             try:
                 packet, ancillary, _, _ = self._connection.recvmsg(
@@ -286,7 +287,12 @@ class Channel:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                raise EOFError from None
+                # The other end had not read everything. The kernel says so once, and first; what
+                # it had sent itself comes all the same.
+                if reset:
+                    raise EOFError from None
+                reset = True
+                continue
             descriptors = array.array("i")
             for level, kind, content in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
