@@ -29,7 +29,8 @@ _SPARE: Final = 1.0
 """Seconds after which there is a spare one again. Not at once: two that start together would keep
 each other waiting."""
 
-
+_AGAIN: Final = 1.0
+"""Seconds after which it is tried again to start a process, where that could not be."""
 _GUESTS_FIRST: Final = 1.0
 """Seconds for workers that go on with what a predecessor has left, before the others start."""
 
@@ -84,6 +85,8 @@ class Crew:
         """One, and at the start those that have not begun yet."""
         self._said: deque[_Said] = deque()
         self._working_off = self._closed = self._disbanded = False
+        self._cannot_start = False
+        """True while no process can be started: that is told once."""
         self._loop = asyncio.get_running_loop()
         self._timers: set[asyncio.TimerHandle] = set()
 
@@ -103,13 +106,17 @@ class Crew:
 
     def _begin_others(self) -> None:
         for seat in self._seats:
-            if seat.worker is None and not seat.has_begun and not self._disbanded:
-                self._begin(seat, self._take_spare())
+            if seat.worker is None and not seat.has_begun:
+                self._begin_spare(seat)
 
     def start_spare(self) -> None:
-        """Have a spare one, if there is none."""
-        if not self._spare and not self._closed and not self._disbanded:
-            self._spare.append(WorkerProcess.started())
+        """Have a spare one, if there is none, as soon as it can be started."""
+        if self._spare or self._closed or self._disbanded:
+            return
+        try:
+            self._spare.append(self._started())
+        except OSError:
+            self._later(_AGAIN, self.start_spare)
 
     def __iter__(self) -> Iterator[tuple[int, WorkerProcess]]:
         """Give number and process of those that there are."""
@@ -253,7 +260,12 @@ class Crew:
     def _begin_spare(self, seat: _Seat) -> None:
         if self._disbanded:
             return
-        self._begin(seat, self._take_spare())
+        try:
+            worker = self._take_spare()
+        except OSError:
+            self._later(_AGAIN, lambda: self._begin_spare(seat))
+            return
+        self._begin(seat, worker)
         self._later(_SPARE, self.start_spare)
 
     def _take_spare(self) -> WorkerProcess:
@@ -262,7 +274,20 @@ class Crew:
             if spare.process.poll() is None:
                 return spare
             spare.end()
-        return WorkerProcess.started()
+        return self._started()
+
+    def _started(self) -> WorkerProcess:
+        try:
+            worker = WorkerProcess.started()
+        except OSError as error:
+            if not self._cannot_start:
+                get_logger().error(
+                    "no process can be started: it is tried again until one can", reason=str(error)
+                )
+            self._cannot_start = True
+            raise
+        self._cannot_start = False
+        return worker
 
     def _watch(self, seat: _Seat, worker: WorkerProcess) -> None:
         """Kill a worker that says nothing any more: its event loop stands still."""
