@@ -41,9 +41,9 @@ async def test_a_supervisor_that_does_not_read_for_a_while_hears_everything_in_o
     link.start(_no_orders())
     keeper = link.keeper("vm0")
     for number in range(1000):
-        descriptor = os.memfd_create(f"file-{number}")
-        keeper.keep(f"file-{number}", descriptor)
-        os.close(descriptor)
+        file = os.memfd_create(f"file-{number}")
+        keeper.keep(f"file-{number}", file)
+        os.close(file)
     keeper.release("journal")
     heard: list[channel.Message] = []
     async with asyncio.timeout(LIMIT):
