@@ -279,6 +279,7 @@ class Channel:
             one that never was: what it is for would be given up. But for a connection that is
             handed over: its other end notices, and who had it passed on tells its client.
         """
+        reset = False
         while True:
             try:
                 packet, ancillary, _, _ = self._connection.recvmsg(
@@ -287,7 +288,12 @@ class Channel:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                raise EOFError from None
+                # The other end had not read everything. The kernel says so once, and first; what
+                # it had sent itself comes all the same.
+                if reset:
+                    raise EOFError from None
+                reset = True
+                continue
             descriptors = array.array("i")
             for level, kind, content in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -10,11 +10,13 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from postcopyd.daemon import channel
 from postcopyd.daemon.event_log import WORKER_DIED_ID
 from postcopyd.daemon.logging import get_logger
+from postcopyd.daemon.outbox import Outbox
 from postcopyd.daemon.worker_process import WorkerProcess
 
 _FIRST_PAUSE: Final = 0.1
@@ -29,7 +31,8 @@ _SPARE: Final = 1.0
 """Seconds after which there is a spare one again. Not at once: two that start together would keep
 each other waiting."""
 
-
+_AGAIN: Final = 1.0
+"""Seconds after which it is tried again to start a process, where that could not be."""
 _GUESTS_FIRST: Final = 1.0
 """Seconds for workers that go on with what a predecessor has left, before the others start."""
 
@@ -38,10 +41,7 @@ class Employer(Protocol):
     """Who has the workers."""
 
     def begin(self, number: int, worker: WorkerProcess) -> None:
-        """Tell a worker to begin, and all that it needs.
-
-        :raise OSError: if it has gone again.
-        """
+        """Tell a worker to begin, and all that it needs (`Crew.tell`)."""
 
     def take(self, number: int, message: channel.Message, descriptor: int | None) -> None:
         """Act on what a worker says; a descriptor is taken over.
@@ -59,6 +59,8 @@ class _Seat:
     def __init__(self, number: int) -> None:
         self.number = number
         self.worker: WorkerProcess | None = None
+        self.outbox: Outbox | None = None
+        """What that worker has yet to hear."""
         self.has_begun = False
         self.pause = 0.0
 
@@ -84,6 +86,8 @@ class Crew:
         """One, and at the start those that have not begun yet."""
         self._said: deque[_Said] = deque()
         self._working_off = self._closed = self._disbanded = False
+        self._cannot_start = False
+        """True while no process can be started: that is told once."""
         self._loop = asyncio.get_running_loop()
         self._timers: set[asyncio.TimerHandle] = set()
 
@@ -103,13 +107,17 @@ class Crew:
 
     def _begin_others(self) -> None:
         for seat in self._seats:
-            if seat.worker is None and not seat.has_begun and not self._disbanded:
-                self._begin(seat, self._take_spare())
+            if seat.worker is None and not seat.has_begun:
+                self._begin_spare(seat)
 
     def start_spare(self) -> None:
-        """Have a spare one, if there is none."""
-        if not self._spare and not self._closed and not self._disbanded:
-            self._spare.append(WorkerProcess.started())
+        """Have a spare one, if there is none, as soon as it can be started."""
+        if self._spare or self._closed or self._disbanded:
+            return
+        try:
+            self._spare.append(self._started())
+        except OSError:
+            self._later(_AGAIN, self.start_spare)
 
     def __iter__(self) -> Iterator[tuple[int, WorkerProcess]]:
         """Give number and process of those that there are."""
@@ -125,18 +133,26 @@ class Crew:
         """Tell whether there is a process of each number, and `predicate` holds for it."""
         return all(seat.worker is not None and predicate(seat.worker) for seat in self._seats)
 
-    def tell(self, number: int, message: channel.Message, descriptor: int | None = None) -> bool:
+    def tell(
+        self,
+        number: int,
+        message: channel.Message,
+        descriptor: int | None = None,
+        *,
+        at_once: bool = False,
+    ) -> bool:
         """Say something to a worker; tell whether it will hear it, if it lives.
 
-        One that has died, or does not read, is replaced, and the next one knows what it must.
+        One that does not read now hears it later. One that has died, or does not read for long, is
+        replaced, and the next one knows what it must.
+
+        :param descriptor: stays the caller's, who keeps it open until it was sent.
+        :param at_once: leave it out if the worker has not read yet what was said before.
         """
-        worker = self[number]
-        if worker is None:
+        outbox = None if self[number] is None else self._seats[number].outbox
+        if outbox is None or (at_once and outbox):
             return False
-        try:
-            worker.channel.send(message, descriptor, at_once=True)
-        except OSError:
-            return False
+        outbox.say(message, descriptor)
         return True
 
     def disband(self, farewell: channel.Message, within: float) -> None:
@@ -158,7 +174,7 @@ class Crew:
             _close(self._said.popleft().descriptor)
         for seat in self._seats:
             if seat.worker is not None:
-                self._loop.remove_reader(seat.worker.channel.fileno())
+                self._stop_listening(seat, seat.worker)
                 self._spare.append(seat.worker)
                 seat.worker = None
         while self._spare:
@@ -171,11 +187,28 @@ class Crew:
         seat.has_begun = True
         worker.began = worker.heard = self._loop.time()
         self._loop.add_reader(worker.channel.fileno(), self._hear, seat, worker)
-        try:
-            self._employer.begin(seat.number, worker)
-        except OSError:
-            worker.kill()  # if it has not died already: its channel tells
+        seat.outbox = Outbox(worker.channel, partial(self._cannot_tell, seat, worker))
+        self._employer.begin(seat.number, worker)
         self._watch(seat, worker)
+
+    def _cannot_tell(self, seat: _Seat, worker: WorkerProcess, error: OSError) -> None:
+        self._tell_nothing_more(seat)
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):  # it has gone: we hear it
+            get_logger().error(
+                "the worker cannot be told what it must know: it is killed",
+                worker=seat.number,
+                reason=str(error),
+            )
+            worker.kill()
+
+    def _tell_nothing_more(self, seat: _Seat) -> None:
+        if seat.outbox is not None:
+            seat.outbox.close()
+            seat.outbox = None
+
+    def _stop_listening(self, seat: _Seat, worker: WorkerProcess) -> None:
+        self._loop.remove_reader(worker.channel.fileno())
+        self._tell_nothing_more(seat)
 
     def _hear(self, seat: _Seat, worker: WorkerProcess) -> None:
         self._collect(seat, worker)
@@ -190,7 +223,7 @@ class Crew:
                 self._said.append(_Said(seat, worker, message, descriptor))
         except EOFError:
             worker.deaf = True
-            self._loop.remove_reader(worker.channel.fileno())
+            self._stop_listening(seat, worker)
             self._said.append(_Said(seat, worker, None))
         except ValueError as error:
             get_logger().error(
@@ -253,7 +286,12 @@ class Crew:
     def _begin_spare(self, seat: _Seat) -> None:
         if self._disbanded:
             return
-        self._begin(seat, self._take_spare())
+        try:
+            worker = self._take_spare()
+        except OSError:
+            self._later(_AGAIN, lambda: self._begin_spare(seat))
+            return
+        self._begin(seat, worker)
         self._later(_SPARE, self.start_spare)
 
     def _take_spare(self) -> WorkerProcess:
@@ -262,13 +300,26 @@ class Crew:
             if spare.process.poll() is None:
                 return spare
             spare.end()
-        return WorkerProcess.started()
+        return self._started()
+
+    def _started(self) -> WorkerProcess:
+        try:
+            worker = WorkerProcess.started()
+        except OSError as error:
+            if not self._cannot_start:
+                get_logger().error(
+                    "no process can be started: it is tried again until one can", reason=str(error)
+                )
+            self._cannot_start = True
+            raise
+        self._cannot_start = False
+        return worker
 
     def _watch(self, seat: _Seat, worker: WorkerProcess) -> None:
-        """Kill a worker that says nothing any more: its event loop stands still."""
-        if worker is not seat.worker:
+        """Kill a worker that neither says nor reads anything: its event loop stands still."""
+        if worker is not seat.worker or seat.outbox is None:
             return
-        if self._loop.time() - worker.heard > _SILENCE:
+        if self._loop.time() - max(worker.heard, seat.outbox.moved) > _SILENCE:
             get_logger().error(
                 "the worker does not go on: it is killed",
                 worker=seat.number,

@@ -45,6 +45,8 @@ class Directory:
         self._listings: dict[Place, _Listing] = {}
         self._stale: dict[int, set[str]] = {}
         """Worker -> what its predecessor has listed and it has not yet."""
+        self._to_be_forgotten: set[Place] = set()
+        """Those of which that was said already."""
 
     # -- claims ------------------------------------------------------------------------------
 
@@ -79,12 +81,15 @@ class Directory:
     # -- what the workers list ---------------------------------------------------------------
 
     def note(self, worker: int, name: str, state: str, standing: Standing) -> list[Place]:
-        """Note how a migration stands; return those that have ended and are to be forgotten."""
+        """Note how a migration stands.
+
+        :return: those that have ended and are to be forgotten from now on.
+        """
         self._stale.get(worker, set()).discard(name)
         place = Place(worker, name)
         before = self._listings.get(place)
         if before is not None and before.standing != standing:
-            del self._listings[place]  # the order is that in which they have ended
+            self.strike(worker, name)  # the order is that in which they have ended
         self._listings[place] = _Listing(state, standing)
         ended = [other for other, it in self._listings.items() if it.standing == "ended"]
         excess = ended[: max(0, len(ended) - self._most_ended)]
@@ -93,11 +98,14 @@ class Directory:
             for other in ended
             if other.name == name and not self._may_list(other) and other not in excess
         ]
+        excess = [other for other in excess if other not in self._to_be_forgotten]
+        self._to_be_forgotten.update(excess)
         return excess
 
     def strike(self, worker: int, name: str) -> None:
         """Note that a worker has no migration of that name any more."""
         self._listings.pop(Place(worker, name), None)
+        self._to_be_forgotten.discard(Place(worker, name))
 
     # -- workers that come and go ------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 A descriptor that systemd keeps in its fd store (sd_notify(3), FDSTORE=1) outlives the supervisor as
 well. Its name there is `OWNER/NAME`, and `OWNER/NAME#2` and so on of what takes its place: names
 are all that it can be told to drop, and the new one is to be there before the old one goes.
+A descriptor that it has already by another name, as a copy of it, systemd ignores.
 FDPOLL=0, because systemd drops what polls as hung up, and the pidfd of a VMM that has exited, or a
 socket whose source has gone, does.
 """
@@ -12,12 +13,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from postcopyd.daemon.notify import ServiceManager
+from postcopyd.kernel import memory_file, open_files
 
 _BETWEEN: Final = "/"
 _NUMBER: Final = "#"
+
+
+class _File(NamedTuple):
+    """What two descriptors of one open file have in common, and some others."""
+
+    owner: str
+    device: int
+    inode: int
 
 
 class Holding:
@@ -29,6 +39,8 @@ class Holding:
         self._held: dict[tuple[str, str], int] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         """Of what the service manager keeps; 1 for the first of that name."""
+        self._by_file: dict[_File, set[str]] = {}
+        """Names of what is held. There may be thousands of one owner."""
 
     def take_over(self, stored: dict[str, int]) -> None:
         """Hold what the service manager has kept, which goes on keeping it.
@@ -47,25 +59,55 @@ class Holding:
                 os.close(descriptor)
             else:
                 self.release(owner, name)
-                self._held[owner, name] = descriptor
+                self._put(owner, name, descriptor)
                 self._numbers[owner, name] = number
 
     def hold(self, owner: str, name: str, descriptor: int) -> None:
         """Hold `descriptor`, which is taken over, in the place of what was held so before."""
+        if self._is_same(owner, name, descriptor):
+            os.close(descriptor)
+            return
+        descriptor = self._own_open_file(owner, descriptor)
         number = self._numbers.get((owner, name), 0) + 1
         self._manager.store(_stored_name(owner, name, number), descriptor)
         self.release(owner, name)
-        self._held[owner, name] = descriptor
+        self._put(owner, name, descriptor)
         self._numbers[owner, name] = number
+
+    def _is_same(self, owner: str, name: str, descriptor: int) -> bool:
+        held = self._held.get((owner, name))
+        return held is not None and open_files.is_same(held, descriptor)
+
+    def _own_open_file(self, owner: str, descriptor: int) -> int:
+        """Return what the service manager does not ignore because of another name of that owner.
+
+        Only memory files come more than once: a VMM may have several blocks in one.
+        """
+        for name in self._by_file.get(_file_of(owner, descriptor), ()):
+            if open_files.is_same(self._held[owner, name], descriptor):
+                with contextlib.suppress(OSError):
+                    again = memory_file.open_again(descriptor)
+                    os.close(descriptor)
+                    return again
+        return descriptor
+
+    def _put(self, owner: str, name: str, descriptor: int) -> None:
+        self._held[owner, name] = descriptor
+        self._by_file.setdefault(_file_of(owner, descriptor), set()).add(name)
 
     def hold_until_the_end(self, owner: str, name: str, descriptor: int) -> None:
         """As `hold`, of what the service manager hands over at every start anyway."""
         self.release(owner, name)
-        self._held[owner, name] = descriptor
+        self._put(owner, name, descriptor)
 
     def release(self, owner: str, name: str) -> None:
         """Let go of it; nothing happens if it is not held."""
         descriptor = self._held.pop((owner, name), None)
+        if descriptor is not None:
+            file = _file_of(owner, descriptor)
+            self._by_file[file].discard(name)
+            if not self._by_file[file]:
+                del self._by_file[file]
         number = self._numbers.pop((owner, name), None)
         if number is not None:
             self._manager.unstore(_stored_name(owner, name, number))
@@ -93,6 +135,11 @@ class Holding:
         while self._held:
             with contextlib.suppress(OSError):
                 os.close(self._held.popitem()[1])
+
+
+def _file_of(owner: str, descriptor: int) -> _File:
+    status = os.fstat(descriptor)
+    return _File(owner, status.st_dev, status.st_ino)
 
 
 def _stored_name(owner: str, name: str, number: int) -> str:

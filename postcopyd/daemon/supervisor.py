@@ -145,18 +145,20 @@ class _Supervisor:
         own = self._directory.of(number)
         for owner, name, descriptor in self._holding:
             if owner in own or (not owner and number == FRONT):
-                worker.channel.send(channel.Held(owner, name), descriptor)
-        worker.channel.send(
+                # It stays open: who may let go of it has yet to hear of it.
+                self._crew.tell(number, channel.Held(owner, name), descriptor)
+        self._crew.tell(
+            number,
             channel.Begin(
                 msgspec.Raw(msgspec.json.encode(self._configuration)),
                 self._manager.present,
                 number,
                 self._number,
                 first=number not in self._been_ready,
-            )
+            ),
         )
         if self._stopping:
-            worker.channel.send(channel.Stop())
+            self._crew.tell(number, channel.Stop())
 
     def died(self, number: int) -> bool:
         """Keep what another worker is to go on with, if one is."""
@@ -198,7 +200,7 @@ class _Supervisor:
             case channel.Where(token, name):
                 self._crew.tell(number, self._there(token, name))
             case channel.PassOn(to, what) if descriptor is not None:
-                self._crew.tell(to, channel.Handed(what), descriptor)
+                self._crew.tell(to, channel.Handed(what), descriptor, at_once=True)
                 os.close(descriptor)
             case channel.Ready():
                 self._is_ready(number)

@@ -14,6 +14,7 @@ from typing import Final, NoReturn, TypeAlias, TypeVar
 from postcopyd.daemon import channel
 from postcopyd.daemon.channel import Channel
 from postcopyd.daemon.logging import get_logger
+from postcopyd.daemon.outbox import Outbox
 from postcopyd.daemon.registry_error import RegistryError
 
 _T = TypeVar("_T")
@@ -21,6 +22,7 @@ _T = TypeVar("_T")
 Inheritance: TypeAlias = dict[str, dict[str, int]]
 """What predecessors have left: name of the migration -> name there -> descriptor."""
 
+_FAILED: Final = 1
 _ALIVE: Final = 5.0  # seconds
 _ANSWER: Final = 10.0
 """Seconds within which the supervisor answers: it never has much to do."""
@@ -52,6 +54,7 @@ class SupervisorLink:
             everything that we have from the service manager.
         """
         self._channel = to_supervisor
+        self._outbox = Outbox(to_supervisor, self._could_not_say)
         self._makes_room = makes_room
         self._orders: Orders | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -229,25 +232,38 @@ class SupervisorLink:
 
     def _forget_channel(self) -> None:
         if self._channel.fileno() >= 0:
+            self._outbox.close()
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()
         while self._settling:
             self._settled()
 
     def _tell_that_it_lives(self) -> None:
-        self._send(channel.Alive())
+        if not self._outbox:
+            self._send(channel.Alive())
         self._timer = asyncio.get_running_loop().call_later(_ALIVE, self._tell_that_it_lives)
 
     def _send(self, message: channel.Message, descriptor: int | None = None) -> None:
         if self._channel.fileno() < 0:
             return
         try:
-            self._channel.send(message, descriptor)
-        except (BrokenPipeError, ConnectionResetError):
-            if self._makes_room:
-                self._lose()  # at once: what nobody keeps must not be promised to anybody
-        except OSError:
-            pass  # it does not read: what cannot be kept is not
+            if not self._outbox:
+                self._channel.send(message, descriptor)
+                return
+        except BlockingIOError:
+            pass  # it has not read for a while: guests do not wait for it any longer
+        except OSError as error:
+            self._could_not_say(error)
+            return
+        try:
+            self._outbox.say(message, descriptor, copy=True)
+        except OSError as error:
+            get_logger().error("what must not be lost cannot be left", reason=str(error))
+            self.leave(_FAILED)  # the successor goes on with what was left before
+
+    def _could_not_say(self, error: OSError) -> None:
+        if self._makes_room and isinstance(error, BrokenPipeError | ConnectionResetError):
+            self._lose()  # at once: what nobody keeps must not be promised to anybody
 
     # -- what is left to a successor -------------------------------------------------------------
 

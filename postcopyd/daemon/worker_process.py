@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Final, Protocol
 
 from postcopyd.daemon.channel import Channel
@@ -56,12 +57,14 @@ class WorkerProcess:
         :raise OSError: if that cannot be.
         """
         ours, theirs = Channel.pair()
-        with theirs:
+        with theirs, ExitStack() as resources:
+            resources.enter_context(ours)
             process = subprocess.Popen(
                 [sys.executable, "-m", "postcopyd.daemon.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
+            resources.pop_all()
         return cls(process, Channel(ours))
 
     @classmethod

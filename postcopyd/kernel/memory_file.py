@@ -71,6 +71,17 @@ def seals(descriptor: int) -> int:
         raise failure("reading the seals of a memory file", error.errno or errno.EIO) from error
 
 
+def open_again(descriptor: int) -> int:
+    """Return a close-on-exec descriptor of the same memory file that is no copy of the given one.
+
+    The caller closes it.
+
+    :raise OSError: if it is no file, or descriptors are used up.
+    """
+    access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    return os.open(f"/proc/self/fd/{descriptor}", access | os.O_CLOEXEC)
+
+
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
     """Give the memory of a range back: it reads as zeros, and is missing where it is mapped.
 

@@ -16,6 +16,7 @@ from typing import BinaryIO, Self
 
 from postcopyd.cli.control_client import ControlClient
 from postcopyd.daemon.config import load
+from postcopyd.kernel.open_files import is_same
 from postcopyd.kernel.processes import pidfd_open
 from tests.support import LIMIT, ROOT, wait_readable, wait_until
 
@@ -29,6 +30,7 @@ class FakeManager:
         self._told: queue.Queue[dict[str, str]] = queue.Queue()
         self.stored: dict[str, int] = {}
         """By name."""
+        self._by_file: dict[tuple[int, int], set[str]] = {}
         self._caught_up = threading.Semaphore(0)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
@@ -62,7 +64,17 @@ class FakeManager:
             told = dict(line.split("=", 1) for line in datagram.decode().splitlines())
             if "FDSTORE" in told:
                 assert told["FDPOLL"] == "0" and "/" in told["FDNAME"]
-                self.stored[told["FDNAME"]] = descriptors[0]
+                status = os.fstat(descriptors[0])
+                of_file = self._by_file.setdefault((status.st_dev, status.st_ino), set())
+                if any(
+                    is_same(descriptors[0], self.stored[name])
+                    for name in of_file
+                    if name in self.stored
+                ):
+                    os.close(descriptors[0])  # systemd ignores what it has by another name
+                else:
+                    self.stored[told["FDNAME"]] = descriptors[0]
+                    of_file.add(told["FDNAME"])
             elif "FDSTOREREMOVE" in told:
                 os.close(self.stored.pop(told["FDNAME"]))
             else:

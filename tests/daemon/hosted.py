@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -70,21 +70,21 @@ class Source:
         async with asyncio.timeout(LIMIT):
             await asyncio.get_running_loop().sock_sendall(self.connection, b"".join(parts))
 
-    async def begin(self) -> None:
+    async def begin(self, blocks: Sequence[BlockEntry] = (BLOCK,)) -> None:
         """All that comes before the package."""
+        self._blocks = blocks
         await self.send(
             stream_writer.configuration("test"),
             stream_writer.open_return_path(),
             stream_writer.ping(1),
             stream_writer.advise(PAGE, PAGE),
-            self._writer.ram_start([BLOCK]),
+            self._writer.ram_start(blocks),
         )
 
     async def send_package(self) -> None:
         """The package, without device state."""
-        await self.send(
-            stream_writer.discard(BLOCK.name, [(0, LENGTH)]), stream_writer.package(b"")
-        )
+        discards = [stream_writer.discard(it.name, [(0, it.length)]) for it in self._blocks]
+        await self.send(*discards, stream_writer.package(b""))
 
     async def finish(self) -> None:
         """All memory, as zero pages, and the end."""

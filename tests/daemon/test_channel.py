@@ -59,6 +59,22 @@ def test_what_was_sent_arrives_although_its_sender_was_killed() -> None:
     end.close()
 
 
+def test_what_was_sent_arrives_although_its_sender_had_not_read_everything(
+    ends: tuple[Channel, Channel],
+) -> None:
+    ends[0].send(channel.Settled())
+    ends[1].send(channel.Forgotten("vm0"))
+    ends[1].send(channel.Forgotten("vm1"))
+    ends[1].close()
+    received = ends[0].received()
+    assert [next(received) for _ in range(2)] == [
+        (channel.Forgotten("vm0"), None),
+        (channel.Forgotten("vm1"), None),
+    ]
+    with pytest.raises(EOFError):
+        next(received)
+
+
 def test_nothing_is_waited_for(ends: tuple[Channel, Channel]) -> None:
     assert list(ends[0].received()) == []
 

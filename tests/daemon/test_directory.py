@@ -52,7 +52,18 @@ def test_one_of_the_same_name_elsewhere_has_what_has_ended_forgotten(directory: 
     assert directory.note(2, "a", "none", "waiting") == [Place(1, "a")]
     assert directory.where("a") == 2
     # The same if it is heard of only now that it has ended.
-    assert directory.note(0, "a", "end", "ended") == [Place(0, "a"), Place(1, "a")][::-1]
+    assert directory.note(0, "a", "end", "ended") == [Place(0, "a")]
+
+
+def test_what_is_to_be_forgotten_is_said_once(directory: Directory) -> None:
+    for name in "abcd":
+        directory.note(0, name, "end", "ended")
+    assert directory.note(0, "e", "end", "ended") == [Place(0, "c")]
+    # One that has begun anew is another one.
+    assert directory.note(0, "a", "none", "waiting") == []
+    assert directory.note(0, "a", "end", "ended") == [Place(0, "d")]
+    assert directory.note(1, "f", "end", "ended") == [Place(0, "e")]
+    assert directory.note(1, "g", "end", "ended") == [Place(0, "a")]
 
 
 def test_the_oldest_that_have_ended_are_forgotten_first(directory: Directory) -> None:

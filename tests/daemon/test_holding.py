@@ -9,6 +9,7 @@ import pytest
 
 from postcopyd.daemon.holding import Holding
 from postcopyd.daemon.notify import ServiceManager
+from postcopyd.kernel import memory_file, open_files
 
 
 class Recorder(ServiceManager):
@@ -51,6 +52,25 @@ def test_what_takes_anothers_place_is_kept_before_that_is_dropped(
         *("+vm0/listener", "+vm0/listener#2", "-vm0/listener"),
         *("+vm0/listener#3", "-vm0/listener#2", "-vm0/listener#3"),
     ]
+
+
+def test_the_same_again_stays_as_it_is_kept(holding: Holding, manager: Recorder) -> None:
+    first = memory_file.create("ram", 4096)
+    again = os.dup(first)
+    holding.hold("vm0", "memory-file-0", first)
+    holding.hold("vm0", "memory-file-0", again)
+    assert list(holding) == [("vm0", "memory-file-0", first)]
+    assert manager.changes == ["+vm0/memory-file-0"]
+
+
+def test_one_file_by_two_names_is_not_the_same_to_the_manager(holding: Holding) -> None:
+    file = memory_file.create("ram", 4096)
+    copy = os.dup(file)
+    holding.hold("vm0", "memory-file-0", file)
+    holding.hold("vm0", "memory-file-1", copy)
+    one, other = (descriptor for _, _, descriptor in holding)
+    assert not open_files.is_same(one, other)
+    assert os.path.samestat(os.fstat(one), os.fstat(other))
 
 
 @pytest.mark.parametrize("names", [("vm0/a", "vm0/a#2"), ("vm0/a#2", "vm0/a")])

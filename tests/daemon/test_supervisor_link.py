@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -30,6 +31,32 @@ async def test_what_is_left_is_settled_when_the_supervisor_says_so() -> None:
             await asyncio.sleep(0)
         supervisor.send(channel.Settled())
         await settling
+    link.close()
+    supervisor.close()
+
+
+async def test_a_supervisor_that_does_not_read_for_a_while_hears_everything_in_order() -> None:
+    ours, theirs = Channel.pair()
+    link, supervisor = SupervisorLink(Channel(ours), makes_room=True), Channel(theirs)
+    link.start(_no_orders())
+    keeper = link.keeper("vm0")
+    for number in range(1000):
+        file = os.memfd_create(f"file-{number}")
+        keeper.keep(f"file-{number}", file)
+        os.close(file)
+    keeper.release("journal")
+    heard: list[channel.Message] = []
+    async with asyncio.timeout(LIMIT):
+        while channel.Released("vm0", "journal") not in heard:
+            for message, descriptor in supervisor.received():
+                heard.append(message)
+                if isinstance(message, channel.Held):
+                    assert descriptor is not None
+                    assert message.name in os.readlink(f"/proc/self/fd/{descriptor}")
+                    os.close(descriptor)
+            await asyncio.sleep(0)
+    kept = [message.name for message in heard if isinstance(message, channel.Held)]
+    assert kept == [f"file-{number}" for number in range(1000)]
     link.close()
     supervisor.close()
 

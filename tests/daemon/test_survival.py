@@ -8,17 +8,20 @@ import random
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
 
 from postcopyd.cli.control_client import ControlError
 from postcopyd.cli.postcopyd import TO_BE_STARTED_AGAIN
+from postcopyd.kernel.memory import Mapping
+from postcopyd.vmm.client import Block, Destination
 from postcopyd.wire import stream_writer
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.return_path import Shut
-from tests.daemon.daemon_process import configuration, running_daemon
+from tests.daemon import hosted
+from tests.daemon.daemon_process import RunningDaemon, configuration, running_daemon
 from tests.daemon.test_network import Scene
 from tests.daemon.whole_migration import (
     DEVICE_STATE,
@@ -168,6 +171,64 @@ async def test_a_guest_whose_source_is_gone_for_good_gets_an_error_and_no_zeros(
         await asyncio.to_thread(it.daemon.client.abandon, "vm0")
         # This VMM has no handler for memory errors.
         assert await asyncio.to_thread(it.guest.process.wait, LIMIT) == -signal.SIGBUS
+
+
+# -- memory files that come more than once -------------------------------------------------------
+
+
+def hand_over(daemon: RunningDaemon, *blocks: Block) -> Destination:
+    """Let a VMM that is this process come so far that it has its device state."""
+    vmm = Destination(daemon.handoff, "vm0", list(blocks), timeout=LIMIT)
+    if daemon.client.show("vm0")["state"] == "none":
+        source = hosted.Source(vmm.listen[0])
+
+        async def switch_over() -> None:
+            await source.begin([BlockEntry(block.name, block.length, PAGE) for block in blocks])
+            await source.send_package()
+
+        asyncio.run(switch_over())
+        source.close()
+    assert vmm.wait_for_device_state(LIMIT) == b""
+    return vmm
+
+
+def assert_survives_a_kill(daemon: RunningDaemon) -> None:
+    """The daemon goes on with the guest when all of it is killed."""
+    wait_until(lambda: daemon.client.show("vm0")["state"] == "paused")
+    daemon.kill()
+    daemon.start()
+    assert daemon.client.show("vm0")["state"] == "paused"
+    daemon.client.cancel("vm0", force=True)
+
+
+def test_a_vmm_in_the_place_of_another_may_bring_the_same_memory_file(tmp_path: Path) -> None:
+    length = 16 * PAGE
+    with (  # memory goes last: as long as the daemon watches it, that would wait for it
+        closing(Block.memory_file("pc.ram", length)) as block,
+        Mapping.of_file(block.descriptor or 0, length) as anew,
+        running_daemon(tmp_path) as daemon,
+    ):
+        hand_over(daemon, block).close()  # it could not load its devices
+        wait_until(lambda: daemon.client.show("vm0")["vmm"] is None)
+        second = Block.at("pc.ram", anew.address, length, descriptor=block.descriptor)
+        with closing(hand_over(daemon, second)) as vmm:
+            vmm.loaded()
+            assert_survives_a_kill(daemon)
+
+
+def test_two_blocks_may_be_of_one_memory_file_that_comes_twice(tmp_path: Path) -> None:
+    length = 16 * PAGE
+    with (
+        closing(Block.memory_file("low", 2 * length)) as both,
+        running_daemon(tmp_path) as daemon,
+    ):
+        copy = os.dup(both.descriptor or 0)
+        low = Block.at("low", both.address, length, descriptor=both.descriptor)
+        high = Block.at("high", both.address + length, length, descriptor=copy, file_offset=length)
+        with closing(hand_over(daemon, low, high)) as vmm:
+            vmm.loaded()
+            assert_survives_a_kill(daemon)
+        os.close(copy)
 
 
 # -- one daemon after the other ------------------------------------------------------------------

@@ -291,6 +291,20 @@ def test_all_workers_at_once_are_replaced(daemon: RunningDaemon) -> None:
             daemon.client.cancel(name, force=True)
 
 
+def test_a_worker_is_replaced_as_soon_as_a_process_can_be_started(daemon: RunningDaemon) -> None:
+    name = next(name for name in "abc" if daemon.client.create(name)["worker"] == 0)
+    worker, spare, supervisor = daemon.worker, spare_of(daemon), daemon.process.pid
+    limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (0, limits[1]))
+    for process in (spare, worker):
+        os.kill(process, signal.SIGKILL)
+    wait_until(lambda: "has died" in daemon.log and "no process can be started" in daemon.log)
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
+    assert daemon.worker != worker
+    assert daemon.client.show(name)["state"] == "none"
+    assert spare_of(daemon) != spare
+
+
 def is_kept(daemon: RunningDaemon, names: str) -> bool:
     """Tell whether the service manager has taken all that there is to keep of these migrations.
 
