@@ -115,9 +115,26 @@ class Crew:
         if self._spare or self._closed or self._disbanded:
             return
         try:
-            self._spare.append(self._started())
+            spare = self._started()
         except OSError:
             self._later(_AGAIN, self.start_spare)
+            return
+        spare.began = self._loop.time()
+        self._spare.append(spare)
+        self._loop.add_reader(spare.channel.fileno(), self._spare_has_died, spare)
+
+    def _spare_has_died(self, spare: WorkerProcess) -> None:
+        """Have another one. It has nothing to say, so what there is to hear is its end."""
+        self._spare.remove(spare)
+        self._loop.remove_reader(spare.channel.fileno())
+        spare.kill()
+        get_logger().warning(
+            "the spare worker has died: another one is started",
+            pid=spare.process.pid,
+            status=spare.reap(),
+        )
+        lived = self._loop.time() - spare.began >= _LIVES
+        self._later(_SPARE if lived else _LONGEST_PAUSE, self.start_spare)
 
     def __iter__(self) -> Iterator[tuple[int, WorkerProcess]]:
         """Give number and process of those that there are."""
@@ -178,7 +195,7 @@ class Crew:
                 self._spare.append(seat.worker)
                 seat.worker = None
         while self._spare:
-            self._spare.popleft().end()
+            self._pop_spare().end()
 
     # -- one of them -------------------------------------------------------------------------
 
@@ -296,11 +313,16 @@ class Crew:
 
     def _take_spare(self) -> WorkerProcess:
         while self._spare:
-            spare = self._spare.popleft()
+            spare = self._pop_spare()
             if spare.process.poll() is None:
                 return spare
             spare.end()
         return self._started()
+
+    def _pop_spare(self) -> WorkerProcess:
+        spare = self._spare.popleft()
+        self._loop.remove_reader(spare.channel.fileno())
+        return spare
 
     def _started(self) -> WorkerProcess:
         try:

@@ -305,6 +305,13 @@ def test_a_worker_is_replaced_as_soon_as_a_process_can_be_started(daemon: Runnin
     assert spare_of(daemon) != spare
 
 
+def test_a_spare_worker_that_dies_is_replaced(daemon: RunningDaemon) -> None:
+    spare = spare_of(daemon)
+    os.kill(spare, signal.SIGKILL)
+    wait_until(lambda: spare not in daemon.workers())
+    assert spare_of(daemon) != spare
+
+
 def is_kept(daemon: RunningDaemon, names: str) -> bool:
     """Tell whether the service manager has taken all that there is to keep of these migrations.
 
