@@ -62,6 +62,8 @@ class _Seat:
         self.outbox: Outbox | None = None
         """What that worker has yet to hear."""
         self.has_begun = False
+        self.looked = 0.0
+        """When it was looked whether the worker still says anything, as `WorkerProcess.heard`."""
         self.pause = 0.0
 
 
@@ -202,7 +204,7 @@ class Crew:
     def _begin(self, seat: _Seat, worker: WorkerProcess) -> None:
         seat.worker = worker
         seat.has_begun = True
-        worker.began = worker.heard = self._loop.time()
+        worker.began = worker.heard = seat.looked = self._loop.time()
         self._loop.add_reader(worker.channel.fileno(), self._hear, seat, worker)
         seat.outbox = Outbox(worker.channel, partial(self._cannot_tell, seat, worker))
         self._employer.begin(seat.number, worker)
@@ -341,7 +343,11 @@ class Crew:
         """Kill a worker that neither says nor reads anything: its event loop stands still."""
         if worker is not seat.worker or seat.outbox is None:
             return
-        if self._loop.time() - max(worker.heard, seat.outbox.moved) > _SILENCE:
+        now = self._loop.time()
+        if now - seat.looked > _SILENCE / 2:
+            worker.heard = now  # we stood still ourselves, and it may have as well
+        seat.looked = now
+        if now - max(worker.heard, seat.outbox.moved) > _SILENCE:
             get_logger().error(
                 "the worker does not go on: it is killed",
                 worker=seat.number,
