@@ -47,6 +47,7 @@ class Employer(Protocol):
         """Act on what a worker says; a descriptor is taken over.
 
         :raise ValueError: if that is not for a worker to say.
+        :raise OSError: if that cannot be done; the descriptor is closed then.
         """
 
     def died(self, number: int) -> bool:
@@ -274,12 +275,24 @@ class Crew:
         if said.message is None:
             self._replace(seat, worker)
             return
+        if worker.forsaken:
+            _close(said.descriptor)
+            return
         worker.heard = self._loop.time()
         try:
             self._employer.take(seat.number, said.message, said.descriptor)
         except ValueError as error:
             _close(said.descriptor)
             get_logger().error(str(error), worker=seat.number, message=said.message)
+            worker.kill()
+        except OSError as error:
+            # Its successor goes on with what was held before: what it has said since is of no use.
+            worker.forsaken = True
+            get_logger().error(
+                "what a worker leaves cannot be held: it is killed",
+                worker=seat.number,
+                reason=str(error),
+            )
             worker.kill()
 
     def _replace(self, seat: _Seat, worker: WorkerProcess) -> None:

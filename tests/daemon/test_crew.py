@@ -60,12 +60,15 @@ class EmployerStandIn:
         self.process = StandIn()
         self.at_first: list[tuple[channel.Message, int | None]] = []
         self.taken: list[channel.Message] = []
+        self.cannot_take: channel.Message | None = None
 
     def begin(self, number: int, worker: WorkerProcess) -> None:
         for message, descriptor in self.at_first:
             self.crew.tell(number, message, descriptor)
 
     def take(self, number: int, message: channel.Message, descriptor: int | None) -> None:
+        if message == self.cannot_take:
+            raise OSError
         self.taken.append(message)
 
     def died(self, number: int) -> bool:
@@ -106,6 +109,19 @@ async def test_a_successor_that_does_not_read_at_once_gets_all_that_is_held(
     assert employer.process.heard == held
     os.close(reading)
     os.close(writing)
+
+
+async def test_a_worker_is_over_with_the_first_thing_that_could_not_be_held(
+    employer: EmployerStandIn,
+) -> None:
+    employer.crew.start([employer.process.worker], ())
+    employer.cannot_take = channel.Settle()
+    for message in (channel.Ready(), channel.Settle(), channel.Forgotten("vm0")):
+        employer.process.channel.send(message)
+    async with asyncio.timeout(LIMIT):
+        while not employer.process.killed:
+            await asyncio.sleep(0)
+    assert employer.taken == [channel.Ready()]
 
 
 async def test_a_worker_that_is_silent_for_long_is_killed(
