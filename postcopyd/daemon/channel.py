@@ -22,7 +22,7 @@ HANDOFF: Final = "handoff"
 
 Standing: TypeAlias = Literal["waiting", "running", "ended", "unreadable"]
 """Of a migration: it waits for a VMM, it has one, it has ended, or nobody can go on with it."""
-Refusal: TypeAlias = Literal["name-taken", "too-many-migrations"]
+Refusal: TypeAlias = Literal["name-taken", "too-many-migrations", "out-of-resources"]
 Passed: TypeAlias = Literal["request", "vmm"]
 """What a connection that is passed on brings: a request of the control API, or a VMM's handoff
 (`postcopyd.vmm.handoff`)."""

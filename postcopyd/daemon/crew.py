@@ -47,6 +47,7 @@ class Employer(Protocol):
         """Act on what a worker says; a descriptor is taken over.
 
         :raise ValueError: if that is not for a worker to say.
+        :raise OSError: if that cannot be done; the descriptor is closed then.
         """
 
     def died(self, number: int) -> bool:
@@ -62,6 +63,8 @@ class _Seat:
         self.outbox: Outbox | None = None
         """What that worker has yet to hear."""
         self.has_begun = False
+        self.looked = 0.0
+        """When it was looked whether the worker still says anything, as `WorkerProcess.heard`."""
         self.pause = 0.0
 
 
@@ -115,9 +118,26 @@ class Crew:
         if self._spare or self._closed or self._disbanded:
             return
         try:
-            self._spare.append(self._started())
+            spare = self._started()
         except OSError:
             self._later(_AGAIN, self.start_spare)
+            return
+        spare.began = self._loop.time()
+        self._spare.append(spare)
+        self._loop.add_reader(spare.channel.fileno(), self._spare_has_died, spare)
+
+    def _spare_has_died(self, spare: WorkerProcess) -> None:
+        """Have another one. It has nothing to say, so what there is to hear is its end."""
+        self._spare.remove(spare)
+        self._loop.remove_reader(spare.channel.fileno())
+        spare.kill()
+        get_logger().warning(
+            "the spare worker has died: another one is started",
+            pid=spare.process.pid,
+            status=spare.reap(),
+        )
+        lived = self._loop.time() - spare.began >= _LIVES
+        self._later(_SPARE if lived else _LONGEST_PAUSE, self.start_spare)
 
     def __iter__(self) -> Iterator[tuple[int, WorkerProcess]]:
         """Give number and process of those that there are."""
@@ -178,14 +198,14 @@ class Crew:
                 self._spare.append(seat.worker)
                 seat.worker = None
         while self._spare:
-            self._spare.popleft().end()
+            self._pop_spare().end()
 
     # -- one of them -------------------------------------------------------------------------
 
     def _begin(self, seat: _Seat, worker: WorkerProcess) -> None:
         seat.worker = worker
         seat.has_begun = True
-        worker.began = worker.heard = self._loop.time()
+        worker.began = worker.heard = seat.looked = self._loop.time()
         self._loop.add_reader(worker.channel.fileno(), self._hear, seat, worker)
         seat.outbox = Outbox(worker.channel, partial(self._cannot_tell, seat, worker))
         self._employer.begin(seat.number, worker)
@@ -255,12 +275,24 @@ class Crew:
         if said.message is None:
             self._replace(seat, worker)
             return
+        if worker.forsaken:
+            _close(said.descriptor)
+            return
         worker.heard = self._loop.time()
         try:
             self._employer.take(seat.number, said.message, said.descriptor)
         except ValueError as error:
             _close(said.descriptor)
             get_logger().error(str(error), worker=seat.number, message=said.message)
+            worker.kill()
+        except OSError as error:
+            # Its successor goes on with what was held before: what it has said since is of no use.
+            worker.forsaken = True
+            get_logger().error(
+                "what a worker leaves cannot be held: it is killed",
+                worker=seat.number,
+                reason=str(error),
+            )
             worker.kill()
 
     def _replace(self, seat: _Seat, worker: WorkerProcess) -> None:
@@ -296,11 +328,16 @@ class Crew:
 
     def _take_spare(self) -> WorkerProcess:
         while self._spare:
-            spare = self._spare.popleft()
+            spare = self._pop_spare()
             if spare.process.poll() is None:
                 return spare
             spare.end()
         return self._started()
+
+    def _pop_spare(self) -> WorkerProcess:
+        spare = self._spare.popleft()
+        self._loop.remove_reader(spare.channel.fileno())
+        return spare
 
     def _started(self) -> WorkerProcess:
         try:
@@ -319,7 +356,11 @@ class Crew:
         """Kill a worker that neither says nor reads anything: its event loop stands still."""
         if worker is not seat.worker or seat.outbox is None:
             return
-        if self._loop.time() - max(worker.heard, seat.outbox.moved) > _SILENCE:
+        now = self._loop.time()
+        if now - seat.looked > _SILENCE / 2:
+            worker.heard = now  # we stood still ourselves, and it may have as well
+        seat.looked = now
+        if now - max(worker.heard, seat.outbox.moved) > _SILENCE:
             get_logger().error(
                 "the worker does not go on: it is killed",
                 worker=seat.number,

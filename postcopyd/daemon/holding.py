@@ -63,13 +63,21 @@ class Holding:
                 self._numbers[owner, name] = number
 
     def hold(self, owner: str, name: str, descriptor: int) -> None:
-        """Hold `descriptor`, which is taken over, in the place of what was held so before."""
+        """Hold `descriptor`, which is taken over, in the place of what was held so before.
+
+        :raise OSError: if there is no descriptor for the service manager. It is closed then, and
+            what was held stays.
+        """
         if self._is_same(owner, name, descriptor):
             os.close(descriptor)
             return
         descriptor = self._own_open_file(owner, descriptor)
         number = self._numbers.get((owner, name), 0) + 1
-        self._manager.store(_stored_name(owner, name, number), descriptor)
+        try:
+            self._manager.store(_stored_name(owner, name, number), descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
         self.release(owner, name)
         self._put(owner, name, descriptor)
         self._numbers[owner, name] = number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import resource
 from pathlib import Path
@@ -39,6 +40,20 @@ def allow_descriptors(count: int) -> None:
             configured=count,
             remedy="raise the hard limit (LimitNOFILE= in the unit), or lower limits.descriptors",
         )
+
+
+def may_open(count: int) -> bool:
+    """Tell whether this process may have so many more descriptors."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return True
 
 
 def lock_memory() -> None:

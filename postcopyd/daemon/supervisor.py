@@ -36,6 +36,8 @@ _LEAVE_SIGNAL: Final = signal.SIGUSR1
 """RestartKillSignal= of the unit: systemd sends it in place of SIGTERM where a start follows."""
 _LEAVING: Final = 15.0
 """Seconds that a worker may take to leave; it is killed then, which comes to the same."""
+_IN_RESERVE: Final = 64
+"""Descriptors that are left for the migrations that there are when another one is let in."""
 _MOST_WAITING: Final = 100
 """Names that one answer has."""
 
@@ -172,6 +174,7 @@ class _Supervisor:
         """Act on what a worker says.
 
         :raise ValueError: if that is not for a worker to say.
+        :raise OSError: if what it leaves cannot be held; it is closed then.
         """
         match message:
             case channel.Held(owner, name) if descriptor is not None:
@@ -195,8 +198,7 @@ class _Supervisor:
                 self._directory.strike(number, name)
                 self._show_status()
             case channel.Claim(name):
-                refusal = self._directory.claim(number, name)
-                self._crew.tell(number, channel.Claimed(name, refusal))
+                self._crew.tell(number, channel.Claimed(name, self._claim(number, name)))
             case channel.Where(token, name):
                 self._crew.tell(number, self._there(token, name))
             case channel.PassOn(to, what) if descriptor is not None:
@@ -214,6 +216,14 @@ class _Supervisor:
                 self._cannot_start(number, reason)
             case _:
                 raise ValueError("a worker says what only the supervisor may")
+
+    def _claim(self, number: int, name: str) -> channel.Refusal | None:
+        refusal = self._directory.claim(number, name)
+        if refusal is None and not process.may_open(_IN_RESERVE):
+            # A copy that we cannot take is a worker that has to go: others have to wait instead.
+            self._directory.give_up(number, name)
+            return "out-of-resources"
+        return refusal
 
     def _settled(self, number: int, asked: WorkerProcess | None) -> None:
         if self._crew[number] is asked:  # a successor has not asked

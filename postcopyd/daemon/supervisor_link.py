@@ -109,7 +109,7 @@ class SupervisorLink:
     async def claim(self, name: str) -> None:
         """Let a name be this worker's, until what is kept of it is forgotten. One at a time.
 
-        :raise RegistryError: name-taken, too-many-migrations, unavailable.
+        :raise RegistryError: name-taken, too-many-migrations, out-of-resources, unavailable.
         """
         answer = self._claims[name] = asyncio.get_running_loop().create_future()
         self._send(channel.Claim(name))
@@ -126,6 +126,13 @@ class SupervisorLink:
                 refusal,
                 f"there is a migration {name!r} already",
                 f"choose another name, or cancel it: postcopyctl cancel {name}",
+            )
+        if refusal == "out-of-resources":
+            raise RegistryError(
+                refusal,
+                "the supervisor of postcopyd has too few descriptors left",
+                "raise 'descriptors' under [limits] (and LimitNOFILE= in the unit), or wait for a "
+                "migration to end",
             )
         if refusal is not None:
             raise RegistryError(

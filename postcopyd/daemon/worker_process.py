@@ -47,6 +47,8 @@ class WorkerProcess:
         """True from when it does its work."""
         self.deaf = False
         """True when it has gone, and nothing more will be heard of it."""
+        self.forsaken = False
+        """True when something that it has said was lost: it was killed, and ends there."""
         self.ended = False
         """True when it was told to stop, and all its migrations have ended."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from postcopyd.daemon import channel
+from postcopyd.daemon import channel, crew
 from postcopyd.daemon.channel import Channel
 from postcopyd.daemon.crew import Crew
 from postcopyd.daemon.worker_process import WorkerProcess
@@ -59,12 +60,15 @@ class EmployerStandIn:
         self.process = StandIn()
         self.at_first: list[tuple[channel.Message, int | None]] = []
         self.taken: list[channel.Message] = []
+        self.cannot_take: channel.Message | None = None
 
     def begin(self, number: int, worker: WorkerProcess) -> None:
         for message, descriptor in self.at_first:
             self.crew.tell(number, message, descriptor)
 
     def take(self, number: int, message: channel.Message, descriptor: int | None) -> None:
+        if message == self.cannot_take:
+            raise OSError
         self.taken.append(message)
 
     def died(self, number: int) -> bool:
@@ -105,6 +109,40 @@ async def test_a_successor_that_does_not_read_at_once_gets_all_that_is_held(
     assert employer.process.heard == held
     os.close(reading)
     os.close(writing)
+
+
+async def test_a_worker_is_over_with_the_first_thing_that_could_not_be_held(
+    employer: EmployerStandIn,
+) -> None:
+    employer.crew.start([employer.process.worker], ())
+    employer.cannot_take = channel.Settle()
+    for message in (channel.Ready(), channel.Settle(), channel.Forgotten("vm0")):
+        employer.process.channel.send(message)
+    async with asyncio.timeout(LIMIT):
+        while not employer.process.killed:
+            await asyncio.sleep(0)
+    assert employer.taken == [channel.Ready()]
+
+
+async def test_a_worker_that_is_silent_for_long_is_killed(
+    employer: EmployerStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "_SILENCE", 0.4)
+    employer.crew.start([employer.process.worker], ())
+    async with asyncio.timeout(LIMIT):
+        while not employer.process.killed:
+            await asyncio.sleep(0)
+
+
+async def test_a_worker_is_not_blamed_for_the_time_in_which_we_stood_still_ourselves(
+    employer: EmployerStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "_SILENCE", 0.4)
+    employer.crew.start([employer.process.worker], ())
+    time.sleep(1)  # as if all of us had been frozen
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not employer.process.killed
 
 
 async def test_a_connection_does_not_wait_for_a_worker_that_does_not_read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -71,6 +72,21 @@ def test_one_file_by_two_names_is_not_the_same_to_the_manager(holding: Holding) 
     one, other = (descriptor for _, _, descriptor in holding)
     assert not open_files.is_same(one, other)
     assert os.path.samestat(os.fstat(one), os.fstat(other))
+
+
+def test_what_cannot_be_kept_is_closed_and_the_old_one_stays(
+    holding: Holding, manager: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = a_descriptor()
+    holding.hold("vm0", "listener", first)
+
+    def refuse(name: str, descriptor: int) -> None:
+        raise OSError(errno.EMFILE, "no")
+
+    monkeypatch.setattr(manager, "store", refuse)
+    with pytest.raises(OSError, match="no"):
+        holding.hold("vm0", "listener", a_descriptor())
+    assert list(holding) == [("vm0", "listener", first)]
 
 
 @pytest.mark.parametrize("names", [("vm0/a", "vm0/a#2"), ("vm0/a#2", "vm0/a")])

@@ -163,6 +163,22 @@ def test_limits_count_over_all(tmp_path: Path) -> None:
         assert daemon.client.show("b")["state"] == "none"
 
 
+def test_who_would_take_the_last_descriptors_is_refused(tmp_path: Path) -> None:
+    settings = "workers = 2\nmemory_lock = false\n[limits]\ndescriptors = 256\nmigrations = 256\n"
+    limited = ("prlimit", "--nofile=256:256")
+    with running_daemon(tmp_path, settings, wrapper=limited) as daemon:
+        created = []
+        with pytest.raises(ControlError) as refused:
+            for number in range(256):
+                created.append(daemon.client.create(f"vm{number}")["name"])
+        assert refused.value.code == "out-of-resources"
+        assert sorted(workers_of(daemon)) == sorted(created)
+        assert "has died" not in daemon.log and "Traceback" not in daemon.log
+        for name in created:
+            daemon.client.cancel(name)
+        wait_until(lambda: daemon.client.create("another"))
+
+
 # -- VMMs ------------------------------------------------------------------------------------------
 
 
@@ -302,6 +318,13 @@ def test_a_worker_is_replaced_as_soon_as_a_process_can_be_started(daemon: Runnin
     resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
     assert daemon.worker != worker
     assert daemon.client.show(name)["state"] == "none"
+    assert spare_of(daemon) != spare
+
+
+def test_a_spare_worker_that_dies_is_replaced(daemon: RunningDaemon) -> None:
+    spare = spare_of(daemon)
+    os.kill(spare, signal.SIGKILL)
+    wait_until(lambda: spare not in daemon.workers())
     assert spare_of(daemon) != spare
 
 
