@@ -26,6 +26,8 @@ class ServiceManager:
         )
         self._timer: asyncio.TimerHandle | None = None
         self._status = ""
+        self._status_is_old = False
+        """Whether it has to be told when nothing waits any more."""
         self._waiting: deque[tuple[bytes, int | None] | Callable[[], None]] = deque()
         """What could not be sent yet, with copies of the descriptors that go with it, and who is
         to be called when what is before it has been."""
@@ -48,10 +50,13 @@ class ServiceManager:
             self._feed_watchdog(asyncio.get_running_loop(), self._watchdog_interval)
 
     def status(self, status: str) -> None:
-        """Tell in one line what the daemon does now."""
+        """Tell in one line what the daemon does now; of many only the last one counts."""
         if status != self._status:
             self._status = status
-            self._send(f"STATUS={status}")
+            if self._waiting:
+                self._status_is_old = True
+            else:
+                self._send_for_sure(f"STATUS={status}")
 
     def reloading(self) -> None:
         """Tell that the configuration is being read anew; `reloaded` follows."""
@@ -129,7 +134,10 @@ class ServiceManager:
     def _send_waiting(self) -> None:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
-        while self._waiting:
+        while self._waiting or self._status_is_old:
+            if not self._waiting:
+                self._status_is_old = False
+                self._waiting.append((f"STATUS={self._status}".encode(), None))
             waiting = self._waiting[0]
             if callable(waiting):
                 self._waiting.popleft()

@@ -13,7 +13,7 @@ from postcopyd.incoming.vmm import GuestMemory
 
 
 def check_fits(holdings: Holdings, memory: GuestMemory) -> None:
-    """Check that another VMM has the same blocks.
+    """Check that another VMM has the same blocks in the same order.
 
     :raise ValueError: naming the first difference.
     """
@@ -29,6 +29,10 @@ def check_fits(holdings: Holdings, memory: GuestMemory) -> None:
             )
     if theirs:
         raise ValueError(f"it has a RAM block {next(iter(theirs))!r} more")
+    # A successor finds account and memory files by their place.
+    order = [block.name for block in holdings.blocks]
+    if [block.name for block in memory.blocks] != order:
+        raise ValueError(f"its RAM blocks are in another order than {', '.join(order)}")
 
 
 class Move:

@@ -169,6 +169,8 @@ class BlockStage:
         Both have the same maps, which do not change by it; this one's memory has nothing to keep.
         Takes as long as copying does.
         """
+        if self._is_in_the_place_of(other):
+            return
         self._punch(0, self.block.length)
         self._moving = True
         size = self.block.page_size
@@ -181,6 +183,12 @@ class BlockStage:
             self._store(page * size, other._read(page * size, count * size))
             page = present.find(1, page + count)
         self._moving = False
+
+    def _is_in_the_place_of(self, other: BlockStage) -> bool:
+        """Tell whether both have the same memory: VMMs may open one file, one after the other."""
+        ours, theirs = os.fstat(self._file), os.fstat(other._file)
+        same_file = (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+        return same_file and self._file_offset == other._file_offset
 
     def all_is_staged(self) -> None:
         """Have everything that is here wait to be placed. After `take_over`."""

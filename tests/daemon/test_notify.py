@@ -182,3 +182,25 @@ async def test_who_asks_hears_when_everything_before_has_been_told(systemd: sock
     await asyncio.to_thread(read)
     assert told[1:] == ["all"]
     manager.close()
+
+
+async def test_the_last_status_is_told_however_much_there_was_to_read(
+    systemd: socket.socket,
+) -> None:
+    manager = ServiceManager(environment_of(systemd))
+    for number in range(2000):
+        manager.unstore(f"vm0/{number}")
+        manager.status(f"{number} have gone")
+
+    def read() -> list[bytes]:
+        heard = [systemd.recv(4096)]
+        while heard[-1] != b"STATUS=1999 have gone":
+            heard.append(systemd.recv(4096))
+        return heard
+
+    heard = await asyncio.to_thread(read)
+    assert [said for said in heard if said.startswith(b"FDSTOREREMOVE")] == [
+        f"FDSTOREREMOVE=1\nFDNAME=vm0/{number}".encode() for number in range(2000)
+    ]
+    await manager.told()
+    manager.close()

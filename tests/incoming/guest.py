@@ -94,6 +94,8 @@ class Guest:
     page_size: int = PAGE
     shared: bool = False
     register: bool = True
+    predecessor: Guest | None = None
+    """Whose memory file it has, if it is shared memory and not a file of its own."""
     reserve: bool = True
     """Whether huge pages are promised to the mapping; else placing may find the pool empty."""
     fenced: bool = False
@@ -111,7 +113,12 @@ class Guest:
         features = self.features
         huge = self.page_size if self.page_size != PAGE else None
         if self.shared:
-            descriptor = self.memory_file = memory_file.create("guest", self.length, huge)
+            if self.predecessor is None:
+                descriptor = memory_file.create("guest", self.length, huge)
+            else:
+                assert self.predecessor.memory_file is not None
+                descriptor = os.dup(self.predecessor.memory_file)
+            self.memory_file = descriptor
             flags = mmap.MAP_SHARED
             features |= Feature.MISSING_HUGETLBFS if huge else Feature.MISSING_SHMEM
         elif huge:

@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from postcopyd.incoming import events
+from postcopyd.incoming.estate import Estate
+from postcopyd.incoming.holdings import Holdings
 from postcopyd.incoming.journal import Journal
-from postcopyd.incoming.moving import Move
+from postcopyd.incoming.moving import Move, check_fits
 from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
-from postcopyd.incoming.vmm import DeviceLoad, FedBlock
+from postcopyd.incoming.vmm import DeviceLoad, FedBlock, GuestMemory, HandedBlock
 from postcopyd.kernel.userfaultfd import EVENT_REMOVE, Feature
 from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
@@ -531,6 +533,38 @@ async def test_a_vmm_that_is_another_machine_is_refused_and_nothing_is_lost(
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)
     assert await vmm.guest.content() == content
+
+
+async def test_a_vmm_with_the_same_memory_file_finds_everything_there(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    engine = make_engine(pages=16, shared=True)
+    content = image(16)
+    await half_way(engine, content)
+    await refuse_to_load(engine)
+    vmm = InProcessVmm(make_guest(pages=16, shared=True, predecessor=engine.guest))
+    engine.migration.attach_vmm(vmm)
+    await engine.source.postcopy("pc.ram", content, range(8 * PAGE, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
+def test_a_vmm_with_its_blocks_in_another_order_is_another_machine(make_guest: MakeGuest) -> None:
+    guest = make_guest(pages=2)
+    one, other = (
+        HandedBlock(name, guest.address + place * PAGE, PAGE, PAGE, None, 0)
+        for place, name in enumerate(("one", "other"))
+    )
+    memory = GuestMemory((one, other), guest.userfaultfd, registered=False)
+    holdings = Holdings(memory, Estate())
+    try:
+        check_fits(holdings, memory)
+        swapped = GuestMemory((other, one), guest.userfaultfd, registered=False)
+        with pytest.raises(ValueError, match="in another order than one, other"):
+            check_fits(holdings, swapped)
+    finally:
+        holdings.close()
 
 
 async def test_once_it_has_run_no_other_can_take_its_place(make_engine: MakeEngine) -> None:
