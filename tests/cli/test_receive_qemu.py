@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from postcopyd.cli import receive_qemu
 from postcopyd.cli.receive_progress import ReceiveProgress, describe
+from postcopyd.daemon.left_behind import HeldMigration
+from postcopyd.incoming.estate import Estate
+from postcopyd.incoming.report import Report
 from tests.daemon.daemon_process import RunningDaemon, running_daemon
 from tests.support import LIMIT, ROOT
 from tests.vmm.test_qemu import qemu
@@ -98,6 +103,42 @@ def test_what_to_do_about_a_vmm_that_did_not_load_is_said_once() -> None:
         progress.show(waits)
     assert output.getvalue().count("postcopyctl retry vm0 --qmp OTHER") == 1
     assert "Nothing is lost" in output.getvalue()
+
+
+class Told:
+    """A daemon that tells how a migration stands, as one that was killed in the middle may."""
+
+    def __init__(self, **known: Any) -> None:
+        report = Report("vm0", failure=None, vmm="QEMU", peer="127.0.0.1:1", machine=None, **known)
+        self.migration: dict[str, Any] = msgspec.to_builtins(report)
+
+    def wait(self, name: str, within: float) -> dict[str, Any]:
+        return self.migration
+
+
+def see_through(told: Told) -> int:
+    running = Told(state="running").migration
+    return receive_qemu._see_it_through(told, running, False)  # type: ignore[arg-type]
+
+
+def test_one_that_had_ended_when_its_daemon_was_killed_is_here_all_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert see_through(Told(state="end")) == 0
+    printed = capsys.readouterr().out
+    assert "vm0 runs here" in printed
+    assert "downtime" not in printed
+
+
+async def test_one_that_cannot_be_gone_on_with_waits_and_that_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = Told(state="running")
+    told.migration = HeldMigration("vm0", Estate(), "its journal is too new").view()
+    assert see_through(told) == 1
+    error = capsys.readouterr().err
+    assert "vm0 cannot be gone on with: its journal is too new" in error
+    assert "its guest waits, and nothing of it is lost" in error
 
 
 def test_interrupting_it_leaves_the_migration_alone(daemon: RunningDaemon, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 import struct
 from pathlib import Path
@@ -48,6 +50,20 @@ async def test_a_unix_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
     with no_descriptor_left(), pytest.raises(ConnectionLost, match="No such file") as refusal:
         await connect(Address("unix", path=path))
     assert f"unix:{path}" in str(refusal.value)
+
+
+async def test_a_unix_socket_for_which_others_wait_already_is_no_connection(tmp_path: Path) -> None:
+    path = str(tmp_path / "stream.sock")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        while True:
+            other = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            other.setblocking(False)
+            if other.connect_ex(path) == errno.EAGAIN:
+                break
+        with no_descriptor_left(), pytest.raises(ConnectionLost, match="cannot connect to unix:"):
+            await connect(Address("unix", path=path))
 
 
 async def test_the_way_back_leads_to_the_same_address_and_not_to_the_name(tmp_path: Path) -> None:
