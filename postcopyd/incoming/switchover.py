@@ -11,6 +11,7 @@ from postcopyd.incoming.recipient import Recipient
 from postcopyd.incoming.source_link import SourceLink
 from postcopyd.incoming.states import State
 from postcopyd.incoming.tasks import Tasks
+from postcopyd.incoming.vmm import VmmFailure
 from postcopyd.wire.messages import Discard
 
 
@@ -79,7 +80,10 @@ class Switchover:
 
     def _begin_load(self) -> None:
         self._note()
-        self._recipient.listen()
+        try:
+            self._recipient.listen()
+        except OSError as error:  # its memory has gone, or it has altogether
+            raise VmmFailure(f"its memory cannot be watched: {error}") from error
         self.request_missing()
         self.load()
 

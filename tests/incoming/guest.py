@@ -185,6 +185,13 @@ class Guest:
         thread.start()
         return thread
 
+    def lose_memory(self) -> None:
+        """Have an ordinary file in the place of the memory, which no userfaultfd can watch."""
+        with open(__file__, "rb") as file:
+            flags = mmap.MAP_PRIVATE | _MAP_FIXED
+            place = _mmap(self.address, self.length, mmap.PROT_READ, flags, file.fileno(), 0)
+        assert place == self.address
+
     def unmap(self, first: int, count: int) -> threading.Thread:
         """Unmap pages, in a thread: it waits until the event is read."""
         thread = threading.Thread(

@@ -203,6 +203,28 @@ async def test_a_vmm_that_has_gone_before_it_ran_is_replaced_too(
     assert await vmm.guest.content() == content
 
 
+async def test_a_vmm_whose_memory_has_gone_at_the_switchover_is_replaced_and_the_source_stays(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 4 * PAGE, PAGE))
+    engine.guest.lose_memory()
+    await engine.source.switch_over({"pc.ram": [(4 * PAGE, 12 * PAGE)]})
+    await engine.reach(State.PAUSED)
+    assert "the VMM failed: its memory cannot be watched" in str(engine.migration.failure)
+    assert engine.migration.waits_for_vmm
+    vmm = InProcessVmm(make_guest(pages=16))
+    engine.migration.attach_vmm(vmm)
+    await engine.reach(State.RUNNING)
+    await engine.source.postcopy("pc.ram", content, range(4 * PAGE, 16 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
+
+
 @pytest.mark.parametrize("fails", ["it refuses", "it cannot be written"])
 @pytest.mark.parametrize(("first", "second"), KINDS.values(), ids=KINDS.keys())
 async def test_one_that_fails_while_everything_is_moved_changes_nothing_for_the_next(
