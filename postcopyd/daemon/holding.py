@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -71,7 +72,11 @@ class Holding:
         if self._is_same(owner, name, descriptor):
             os.close(descriptor)
             return
-        descriptor = self._own_open_file(owner, descriptor)
+        try:
+            descriptor = self._own_open_file(owner, descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
         number = self._numbers.get((owner, name), 0) + 1
         try:
             self._manager.store(_stored_name(owner, name, number), descriptor)
@@ -89,14 +94,21 @@ class Holding:
     def _own_open_file(self, owner: str, descriptor: int) -> int:
         """Return what the service manager does not ignore because of another name of that owner.
 
-        Only memory files come more than once: a VMM may have several blocks in one.
+        A memory file is opened once more: a VMM may have several blocks in one. Of anything else
+        the service manager drops the other name, which is on its way out: that of a VMM that takes
+        another's place (`postcopyd.incoming.replacing`).
+
+        :raise OSError: if there is no descriptor for a memory file.
         """
         for name in self._by_file.get(_file_of(owner, descriptor), ()):
             if open_files.is_same(self._held[owner, name], descriptor):
-                with contextlib.suppress(OSError):
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
                     again = memory_file.open_again(descriptor)
                     os.close(descriptor)
                     return again
+                number = self._numbers.pop((owner, name), None)
+                if number is not None:
+                    self._manager.unstore(_stored_name(owner, name, number))
         return descriptor
 
     def _put(self, owner: str, name: str, descriptor: int) -> None:

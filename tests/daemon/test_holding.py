@@ -74,6 +74,22 @@ def test_one_file_by_two_names_is_not_the_same_to_the_manager(holding: Holding) 
     assert os.path.samestat(os.fstat(one), os.fstat(other))
 
 
+def test_what_can_be_opened_but_once_is_kept_by_its_last_name(
+    holding: Holding, manager: Recorder
+) -> None:
+    before, after = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(0, os.EFD_CLOEXEC)
+    holding.hold("vm0", "vmm-userfaultfd", before)
+    holding.hold("vm0", "vmm-1-userfaultfd", after)
+    holding.hold("vm0", "vmm-userfaultfd", os.dup(after))
+    holding.release("vm0", "vmm-1-userfaultfd")
+    assert manager.changes == [
+        *("+vm0/vmm-userfaultfd", "+vm0/vmm-1-userfaultfd"),
+        *("-vm0/vmm-1-userfaultfd", "+vm0/vmm-userfaultfd#2", "-vm0/vmm-userfaultfd"),
+    ]
+    holding.release("vm0", "vmm-userfaultfd")
+    assert manager.changes[-1] == "-vm0/vmm-userfaultfd#2"
+
+
 def test_what_cannot_be_kept_is_closed_and_the_old_one_stays(
     holding: Holding, manager: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
