@@ -325,6 +325,11 @@ class Engine:
             await self.migration.wait()
 
     @property
+    def vmms_lost(self) -> int:
+        """How many VMMs did not load their devices."""
+        return sum(isinstance(event, events.VmmLost) for event in self.events)
+
+    @property
     def failures(self) -> list[events.Event]:
         kinds = (events.Failed, events.Paused)
         return [event for event in self.events if isinstance(event, kinds)]
