@@ -24,7 +24,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"p99.9 {trip['p99.9']:.1f} us"
     )
     table = Table()
-    table.add_column("figure")
+    table.add_column("figure", no_wrap=True)
     for column in ("floor in C", "postcopyd", "ratio", "goal", "round trips"):
         table.add_column(column, justify="right")
     previous = ""

@@ -34,7 +34,7 @@ def _table(version: str, figures: list[dict[str, Any]]) -> Table:
     setups = list(figures[0]["medians"])
     compared = list(figures[0]["ratios"])
     table = Table(title=f"QEMU {version}")
-    table.add_column("figure")
+    table.add_column("figure", no_wrap=True)
     for setup in setups:
         table.add_column(setup, justify="right")
     for setup in compared:
