@@ -270,10 +270,8 @@ def _facts(migration: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _describe_missing(migration: dict[str, Any]) -> str:
-    missing = migration["missing"]
-    size = format_size(sum(one["length"] for one in missing))
-    ranges = f"{len(missing)} range{'' if len(missing) == 1 else 's'}"
-    return f"{size} in {ranges} never came, and are memory errors"
+    size, ranges = format_size(migration["missing_length"]), migration["missing_ranges"]
+    return f"{size} in {ranges} range{'' if ranges == 1 else 's'} never came, and are memory errors"
 
 
 def _listed(addresses: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +21,11 @@ from postcopyd.daemon.network_watch import NetworkWatch, PathWatch
 from postcopyd.daemon.sockets import address_of, remove_file_of
 from postcopyd.incoming.connection import Connection
 from postcopyd.incoming.estate import Estate
-from postcopyd.incoming.events import Abandoned, Event, StreamAttached
+from postcopyd.incoming.events import Event, StreamAttached
 from postcopyd.incoming.journal import JournalUnreadable
 from postcopyd.incoming.migration import IncomingMigration
 from postcopyd.incoming.recipient import Refused
-from postcopyd.incoming.report import Report
+from postcopyd.incoming.report import MissingRange, Report
 from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
 from postcopyd.kernel import memory_file
@@ -134,7 +134,9 @@ class Entry:
             expect=self._expect,
         )
         self._estate = estate
-        migration = IncomingMigration(name, settings, self._trace, estate)
+        migration = IncomingMigration(
+            name, settings, self._trace, estate, self._list_what_is_missing
+        )
         try:
             if not estate.leaves(_FACTS):
                 _leave_facts(EntryFacts(allowed_sources), estate)
@@ -245,19 +247,18 @@ class Entry:
 
     def _trace(self, event: Event) -> None:
         event_log.log_event(self.name, event)
-        if isinstance(event, Abandoned):
-            self._list_what_is_missing()
         if isinstance(event, StreamAttached):
             self._watch_path()
         self._on_change()
 
-    def _list_what_is_missing(self) -> None:
+    async def _list_what_is_missing(self, ranges: Iterator[MissingRange]) -> None:
         assert self._migration is not None
         try:
-            self.missing_list = str(write_list(self._records, self._migration.report()))
+            path = await write_list(self._records, self._migration.report(), ranges)
         except OSError as error:
             event_log.log_no_list(self.name, str(error))
         else:
+            self.missing_list = str(path)
             event_log.log_list(self.name, self.missing_list)
 
     def _watch_path(self) -> None:

@@ -6,28 +6,36 @@ memory errors.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO, Final
 
 import msgspec
 
 from postcopyd.incoming.report import MissingRange, Report
 
+_BATCH: Final = 256
+"""Ranges that are written in one turn of the event loop: other migrations have faults."""
 
-class MissingMemory(msgspec.Struct, frozen=True):
-    """What the file holds, as JSON."""
+
+class _Head(msgspec.Struct, frozen=True):
+    """What the file holds, as JSON, beside the ranges themselves."""
 
     name: str
     """Of the migration."""
     time: str
-    """When it was abandoned, as ISO 8601 has it."""
+    """When the list was made, as ISO 8601 has it."""
     vmm: str | None
     source: str | None
     length: int
     """Bytes that are missing."""
-    missing: list[MissingRange]
+    ranges: int
 
 
 def check_directory(directory: Path) -> None:
@@ -40,29 +48,50 @@ def check_directory(directory: Path) -> None:
     Path(name).unlink()
 
 
-def write_list(directory: Path, report: Report) -> Path:
-    """Write the list of an abandoned migration; return its path.
+async def write_list(directory: Path, report: Report, ranges: Iterator[MissingRange]) -> Path:
+    """Write the list of an abandoned migration, little by little; return its path.
 
+    :param ranges: all that is missing, in order.
     :raise OSError: if it cannot be written. Nothing is left then.
     """
     now = datetime.now(UTC).replace(microsecond=0)
-    content = MissingMemory(
+    head = _Head(
         name=report.name,
         time=now.isoformat(),
         vmm=report.vmm,
         source=report.peer,
-        length=sum(missing.length for missing in report.missing),
-        missing=report.missing,
+        length=report.missing_length,
+        ranges=report.missing_ranges,
     )
     path = directory / f"{report.name}-{now:%Y%m%dT%H%M%SZ}.missing.json"
-    descriptor, name = tempfile.mkstemp(dir=directory)
+    with _complete_or_not_at_all(path) as file:
+        await _write(file, head, ranges)
+        file.flush()
+        await asyncio.to_thread(os.fsync, file.fileno())
+    return path
+
+
+async def _write(file: BinaryIO, head: _Head, ranges: Iterator[MissingRange]) -> None:
+    """Write one JSON object, with a line for each range."""
+    file.write(msgspec.json.format(msgspec.json.encode(head)).removesuffix(b"\n}"))
+    file.write(b',\n  "missing": [')
+    before = b""
+    while batch := list(islice(ranges, _BATCH)):
+        for missing in batch:
+            file.write(before + b"\n    " + msgspec.json.encode(missing))
+            before = b","
+        await asyncio.sleep(0)
+    file.write(b"\n  ]\n}\n")
+
+
+@contextlib.contextmanager
+def _complete_or_not_at_all(path: Path) -> Iterator[BinaryIO]:
+    """Have a file be at `path` if all of it was written."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink()
         raise
-    return path

@@ -166,8 +166,9 @@ class _Supervisor:
         """Keep what another worker is to go on with, if one is."""
         self._directory.died(number, {owner for owner, _, _ in self._holding})
         self._has_reloaded(number)
-        if (self._ending or self._leaving) and not any(self._crew) and not self.ended.done():
-            self.ended.set_result(self._leaving)
+        if self._stopping:
+            self._end_if_all_have()
+        self._be_done_if_all_have_gone()
         return not (self._ending or self._leaving or self.ended.done())
 
     def take(self, number: int, message: channel.Message, descriptor: int | None) -> None:
@@ -317,16 +318,33 @@ class _Supervisor:
         get_logger().info("stopping", migrations=len(self._directory.under_way()))
         for number, _ in self._crew:
             self._crew.tell(number, channel.Stop())
+        self._end_if_all_have()
 
     def _has_ended(self, number: int) -> None:
-        """Let all go when all have ended: until then the front has to answer."""
         worker = self._crew[number]
         assert worker is not None
         worker.ended = True
-        if self._crew.all(lambda worker: worker.ended):
-            self._ending = True
-            for other, _ in self._crew:
-                self._crew.tell(other, channel.End())
+        if self._ending:  # it has begun since
+            self._crew.tell(number, channel.End())
+        self._end_if_all_have()
+
+    def _end_if_all_have(self) -> None:
+        """Let all go when all have ended: until then the front has to answer."""
+        if self._ending or not all(map(self._has_nothing_left, range(self._number))):
+            return
+        self._ending = True
+        for number, _ in self._crew:
+            self._crew.tell(number, channel.End())
+        self._be_done_if_all_have_gone()
+
+    def _has_nothing_left(self, number: int) -> bool:
+        """Tell whether no guest needs that worker, or one in its place where there is none now."""
+        worker = self._crew[number]
+        return not self._directory.of(number) if worker is None else worker.ended
+
+    def _be_done_if_all_have_gone(self) -> None:
+        if (self._ending or self._leaving) and not any(self._crew) and not self.ended.done():
+            self.ended.set_result(self._leaving)
 
     def _leave(self) -> None:
         """Make room for a daemon that goes on with everything, if one is sure to come."""
@@ -341,8 +359,7 @@ class _Supervisor:
         self._leaving = True
         get_logger().info("leaving: another daemon is to go on with the migrations")
         self._crew.disband(channel.Leave(), _LEAVING)
-        if not any(self._crew):
-            self.ended.set_result(True)
+        self._be_done_if_all_have_gone()
 
     async def close(self) -> None:
         """End the workers and let go of everything; of what a successor needs, our copies only."""

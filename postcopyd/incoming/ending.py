@@ -7,7 +7,7 @@ everything is given back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from postcopyd.incoming import events
 from postcopyd.incoming.arrival import Arrival
@@ -15,10 +15,18 @@ from postcopyd.incoming.course import Course
 from postcopyd.incoming.farewell import Farewell
 from postcopyd.incoming.placing import VmmGone
 from postcopyd.incoming.recipient import Recipient
+from postcopyd.incoming.report import MissingRange
 from postcopyd.incoming.standing import Standing
 from postcopyd.incoming.states import State
 from postcopyd.incoming.tasks import Tasks
 from postcopyd.incoming.vmm import Vmm
+
+ListMissing = Callable[[Iterator[MissingRange]], Awaitable[None]]
+"""Keeps a list of all that is missing for ever, which is given in order."""
+
+
+async def list_nowhere(_: Iterator[MissingRange]) -> None:
+    """Keep no list."""
 
 
 class Ending:
@@ -36,6 +44,7 @@ class Ending:
         trace: Callable[[events.Event], None],
         note: Callable[[], None],
         settle: Callable[[], None],
+        list_missing: ListMissing,
         tell_source: Callable[[], None],
         drop_stream: Callable[[], None],
         vmm_gone: Callable[[VmmGone], None],
@@ -46,6 +55,7 @@ class Ending:
         :param trace: told of what happens once.
         :param note: tells a successor how it stands.
         :param settle: has the report be as it is now.
+        :param list_missing: until it is done nothing is given back, and a successor lists again.
         :param tell_source: tells the source that the migration has failed, if it can be told.
         :param drop_stream: closes all connections of the source.
         :param vmm_gone: told when there is no memory any more that could be poisoned.
@@ -60,6 +70,7 @@ class Ending:
         self._trace = trace
         self._note = note
         self._settle = settle
+        self._list_missing = list_missing
         self._tell_source = tell_source
         self._drop_stream = drop_stream
         self._vmm_gone = vmm_gone
@@ -138,18 +149,18 @@ class Ending:
     def without_the_rest(self) -> None:
         """Tell what is missing for ever. In ABANDONED."""
         holdings = self._recipient.filling.holdings
-        self._standing.missing = holdings.missing_ranges()
-        length = sum(missing.length for missing in self._standing.missing)
-        self._trace(events.Abandoned(holdings.missing_pages(), length))
+        self._standing.missing = missing = holdings.missing()
+        self._trace(events.Abandoned(holdings.missing_pages(), missing.length))
         with contextlib.suppress(OSError):  # it has exited
             self._recipient.filling.finish()
         self._settle()
         self._tasks.end_with_vmm()
-        self._tasks.begin(self._say_that_no_more_comes(length))
+        self._tasks.begin(self._say_that_no_more_comes())
 
-    async def _say_that_no_more_comes(self, missing: int) -> None:
+    async def _say_that_no_more_comes(self) -> None:
+        await self._list_missing(self._recipient.filling.holdings.missing_ranges())
         if self._recipient.vmm is not None:
-            await self._recipient.vmm.complete(missing)
+            await self._recipient.vmm.complete(self._standing.missing.length)
         self._release()
 
     # -- failed ----------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from bitarray import bitarray
 from bitarray.util import intervals
 
 from postcopyd.incoming.assembling import contiguous
 from postcopyd.incoming.estate import Estate
-from postcopyd.incoming.report import BlockReport, MissingRange
+from postcopyd.incoming.report import MOST_RANGES, BlockReport, Missing, MissingRange
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.vmm import GuestMemory, HandedBlock
 from postcopyd.kernel import memory_file
@@ -145,22 +146,32 @@ class Holdings:
         """Take what has not come for zeros: a source that ends in pre-copy has sent everything."""
         for block in self.blocks:
             maps = self.page_map[block.index]
-            received = maps.received[: block.pages]
-            maps.zero[: block.pages] |= ~received
+            maps.zero[: block.pages] |= ~self._received(block)
             maps.received[: block.pages] = 1
 
     def missing_pages(self) -> int:
         """Count the host pages that are not here."""
         return sum(block.pages for block in self.blocks) - self.page_map.received_pages()
 
-    def missing_ranges(self) -> list[MissingRange]:
-        """Return what is not here, in order."""
-        return [
-            MissingRange(block.name, first * block.page_size, (beyond - first) * block.page_size)
-            for block in self.blocks
-            for here, first, beyond in intervals(self.page_map[block.index].received[: block.pages])
-            if not here
-        ]
+    def missing_ranges(self) -> Iterator[MissingRange]:
+        """Give what is not here, in order; of each block as it is when its turn comes."""
+        for block in self.blocks:
+            size = block.page_size
+            for here, first, beyond in intervals(self._received(block)):
+                if not here:
+                    yield MissingRange(block.name, first * size, (beyond - first) * size)
+
+    def missing(self) -> Missing:
+        """Tell in short what is not here."""
+        ranges = length = 0
+        for block in self.blocks:
+            missing = ~self._received(block)
+            length += missing.count() * block.page_size
+            ranges += (missing & ~(missing >> 1)).count()
+        return Missing(list(islice(self.missing_ranges(), MOST_RANGES)), ranges, length)
+
+    def _received(self, block: RamBlock) -> bitarray:
+        return self.page_map[block.index].received[: block.pages]
 
     def outstanding_pages(self) -> int:
         """Count the host pages that were asked for and are not here."""

@@ -18,7 +18,7 @@ from postcopyd.incoming.cancelling import Cancelling
 from postcopyd.incoming.company import Company
 from postcopyd.incoming.connection import Connection
 from postcopyd.incoming.course import Course
-from postcopyd.incoming.ending import Ending
+from postcopyd.incoming.ending import Ending, ListMissing, list_nowhere
 from postcopyd.incoming.estate import JOURNAL, Estate
 from postcopyd.incoming.farewell import Farewell
 from postcopyd.incoming.faults import UnexpectedEvent
@@ -61,12 +61,15 @@ class IncomingMigration:
         settings: Settings,
         trace: Callable[[events.Event], None],
         estate: Estate | None = None,
+        list_missing: ListMissing = list_nowhere,
     ) -> None:
         """Make a migration that waits for its VMM and its stream.
 
         :param trace: told of everything that happens once (`events.py`); must not raise.
         :param estate: where it leaves what a successor needs, and what a predecessor has left:
             `restore` follows then. It is closed with the migration.
+        :param list_missing: given all that is missing, in order, when it is abandoned: a report
+            names the first `MOST_RANGES` only. The migration ends when it returns.
         :raise OSError: if the kernel has no eventfd or no memory to give.
         :raise JournalUnreadable: if a predecessor has left a journal that cannot be read.
         """
@@ -134,6 +137,7 @@ class IncomingMigration:
             trace=trace,
             note=self._note,
             settle=self._settle,
+            list_missing=list_missing,
             tell_source=lambda: self._sourcing.tell_that_it_failed(),
             drop_stream=lambda: self._sourcing.drop(),
             vmm_gone=self._filling_broken,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field, fields
+from typing import Final
 
 from postcopyd.incoming.blocktime import ThreadReport
+
+MOST_RANGES: Final = 1000
+"""Missing ranges that a report names."""
 
 _SUB_BITS = 4  # 16 steps for every doubling: a bucket is at most 6.25 % wide
 _LOWEST = 10  # below 1.024 us everything is one bucket
@@ -160,6 +164,18 @@ class MissingRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """All that never came, in short: a list of it may be hundreds of megabytes."""
+
+    first: list[MissingRange] = field(default_factory=list)
+    """The first `MOST_RANGES`, in order."""
+    ranges: int = 0
+    """How many there are."""
+    length: int = 0
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A migration as it stands. All members are JSON values."""
 
@@ -201,6 +217,10 @@ class Report:
     guest_lost: bool = False
     """True when it has failed and its source could not take the guest back any more."""
     missing: list[MissingRange] = field(default_factory=list)
-    """Of a migration that was abandoned: what never came, in order."""
+    """Of a migration that was abandoned: the first `MOST_RANGES` that never came, in order."""
+    missing_ranges: int = 0
+    """How many ranges never came."""
+    missing_length: int = 0
+    """Bytes that never came."""
     waits_for_vmm: bool = False
     """True when everything is kept for another VMM, because one has not loaded its devices."""

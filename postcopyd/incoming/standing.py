@@ -11,7 +11,7 @@ from postcopyd.incoming.course import Course
 from postcopyd.incoming.journal import MigrationRecord, VmmRecord
 from postcopyd.incoming.legacy import Legacy
 from postcopyd.incoming.recipient import Recipient
-from postcopyd.incoming.report import Counters, Histogram, LatencyReport, MissingRange, Report
+from postcopyd.incoming.report import Counters, Histogram, LatencyReport, Missing, Report
 from postcopyd.incoming.source_link import SourceLink
 from postcopyd.incoming.states import State
 from postcopyd.incoming.switchover import Switchover
@@ -53,7 +53,7 @@ class Standing:
         """Where its preempt channel comes from."""
         self.never_sent: int | None = None
         """Host pages; known when everything has come."""
-        self.missing: list[MissingRange] = []
+        self.missing = Missing()
         """What the guest has to do without."""
         self.guest_lost = False
 
@@ -183,6 +183,8 @@ class Standing:
             downtime_seconds=self._switchover.seconds,
             window_seconds=self.window_seconds,
             guest_lost=self.guest_lost,
-            missing=self.missing,
+            missing=self.missing.first,
+            missing_ranges=self.missing.ranges,
+            missing_length=self.missing.length,
             waits_for_vmm=self.waits_for_vmm,
         )

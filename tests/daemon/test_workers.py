@@ -307,18 +307,50 @@ def test_all_workers_at_once_are_replaced(daemon: RunningDaemon) -> None:
             daemon.client.cancel(name, force=True)
 
 
+def kill_when_no_process_can_be_started(daemon: RunningDaemon, *workers: int) -> tuple[int, int]:
+    """Kill the spare worker and those; return the limits that allowed a new one to start."""
+    supervisor = daemon.process.pid
+    limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+    spare = spare_of(daemon)
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (0, limits[1]))
+    for process in (spare, *workers):
+        os.kill(process, signal.SIGKILL)
+    wait_until(lambda: "has died" in daemon.log and "no process can be started" in daemon.log)
+    return limits
+
+
 def test_a_worker_is_replaced_as_soon_as_a_process_can_be_started(daemon: RunningDaemon) -> None:
     name = next(name for name in "abc" if daemon.client.create(name)["worker"] == 0)
     worker, spare, supervisor = daemon.worker, spare_of(daemon), daemon.process.pid
-    limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
-    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (0, limits[1]))
-    for process in (spare, worker):
-        os.kill(process, signal.SIGKILL)
-    wait_until(lambda: "has died" in daemon.log and "no process can be started" in daemon.log)
+    limits = kill_when_no_process_can_be_started(daemon, worker)
     resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
     assert daemon.worker != worker
     assert daemon.client.show(name)["state"] == "none"
     assert spare_of(daemon) != spare
+
+
+@pytest.mark.parametrize("dead", [1, WORKERS])
+def test_a_daemon_that_is_stopped_waits_for_no_process_that_nobody_needs(
+    daemon: RunningDaemon, dead: int
+) -> None:
+    """Such as when its program has been removed."""
+    kill_when_no_process_can_be_started(daemon, *map(daemon.nth_worker, range(dead)))
+    daemon.process.terminate()
+    assert daemon.process.wait(LIMIT) == 0
+
+
+def test_a_daemon_that_is_stopped_waits_for_one_that_has_to_go_on_with_a_guest(
+    daemon: RunningDaemon,
+) -> None:
+    with running_guests(daemon, "abc"):
+        worker = daemon.nth_worker(daemon.client.show("a")["worker"])
+        limits = kill_when_no_process_can_be_started(daemon, worker)
+        daemon.process.terminate()
+        wait_until(lambda: "stopping" in daemon.log)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
+        for name in "abc":
+            daemon.client.cancel(name, force=True)
+        assert daemon.process.wait(LIMIT) == 0
 
 
 def test_a_spare_worker_that_dies_is_replaced(daemon: RunningDaemon) -> None:

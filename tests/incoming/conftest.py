@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from postcopyd.incoming.ending import ListMissing, list_nowhere
 from postcopyd.incoming.estate import Keeper
 from postcopyd.incoming.settings import Settings
 from tests.incoming.engine import Engine
@@ -29,10 +30,13 @@ async def make_engine() -> AsyncIterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def make(
-        settings: Settings | None = None, keeper: Keeper | None = None, **guest: object
+        settings: Settings | None = None,
+        keeper: Keeper | None = None,
+        list_missing: ListMissing = list_nowhere,
+        **guest: object,
     ) -> Engine:
         own = Guest(register=False, **guest)  # type: ignore[arg-type]
-        made.append(Engine(own, settings, keeper))
+        made.append(Engine(own, settings, keeper, list_missing))
         return made[-1]
 
     yield make

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from postcopyd.incoming import events
+from postcopyd.incoming.ending import ListMissing, list_nowhere
 from postcopyd.incoming.estate import Estate, Keeper
 from postcopyd.incoming.migration import IncomingMigration
 from postcopyd.incoming.settings import Settings
@@ -262,14 +263,18 @@ class Engine:
     """What its ends of the connections are made into."""
 
     def __init__(
-        self, guest: Guest, settings: Settings | None = None, keeper: Keeper | None = None
+        self,
+        guest: Guest,
+        settings: Settings | None = None,
+        keeper: Keeper | None = None,
+        list_missing: ListMissing = list_nowhere,
     ) -> None:
         self.guest = guest
         self.events: list[events.Event] = []
         self._again: list[socket.socket] = []
         self._stepped = asyncio.Event()
         self.migration = IncomingMigration(
-            "vm0", settings or Settings(), self._trace, Estate(keeper)
+            "vm0", settings or Settings(), self._trace, Estate(keeper), list_missing
         )
         self.vmm = InProcessVmm(guest)
         ours, theirs = socket.socketpair()

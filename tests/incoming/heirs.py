@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from postcopyd.incoming.ending import ListMissing, list_nowhere
 from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.inheriting import InheritedVmm
 from postcopyd.incoming.migration import IncomingMigration
@@ -53,7 +54,12 @@ class InheritedInProcessVmm(InProcessVmm):
 
 
 def succeed(
-    engine: Engine, holder: Holder, settings: Settings | None = None, *, vmm_gone: bool = False
+    engine: Engine,
+    holder: Holder,
+    settings: Settings | None = None,
+    *,
+    vmm_gone: bool = False,
+    list_missing: ListMissing = list_nowhere,
 ) -> None:
     """Have `engine` go on as a process that has nothing but what `holder` has.
 
@@ -64,7 +70,9 @@ def succeed(
     engine.migration.let_go()
     engine.events.clear()
     estate = Estate(holder, holder.copies())
-    engine.migration = IncomingMigration("vm0", settings or Settings(), engine._trace, estate)
+    engine.migration = IncomingMigration(
+        "vm0", settings or Settings(), engine._trace, estate, list_missing
+    )
 
     def restore_vmm(inherited: InheritedVmm) -> InProcessVmm:
         assert inherited.kind == InProcessVmm.kind

@@ -16,7 +16,7 @@ import pytest
 
 from postcopyd.incoming import events
 from postcopyd.incoming.recipient import Refused
-from postcopyd.incoming.report import MissingRange
+from postcopyd.incoming.report import MOST_RANGES, MissingRange
 from postcopyd.incoming.states import State
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd
 from postcopyd.wire import stream_writer
@@ -239,6 +239,56 @@ async def test_an_heir_of_one_that_has_abandoned_ends_it(
         MissingRange("pc.ram", 4 * PAGE, (PAGES - 4) * PAGE)
     ]
     await assert_kept(engine.guest, range(4))
+
+
+async def test_it_ends_when_the_list_of_what_is_missing_is_kept_and_an_heir_lists_it_again(
+    holder: Holder, make_engine: MakeEngine
+) -> None:
+    listed: list[list[MissingRange]] = []
+    begun, slow = asyncio.Event(), asyncio.Event()
+
+    async def list_missing(ranges: Iterator[MissingRange]) -> None:
+        listed.append(list(ranges))
+        begun.set()
+        await slow.wait()
+
+    engine = make_engine(keeper=holder, pages=PAGES, list_missing=list_missing)
+    await broken(engine, here=range(2, 5))
+    engine.migration.abandon(force=False)
+    await asyncio.wait_for(begun.wait(), LIMIT)
+    assert engine.migration.state is State.ABANDONED
+    assert not any(told.startswith("complete") for told in engine.vmm.told)
+    succeed(engine, holder, list_missing=list_missing)
+    slow.set()
+    await engine.finish()
+    first, again = listed
+    assert (
+        first
+        == again
+        == [
+            MissingRange("pc.ram", 0, 2 * PAGE),
+            MissingRange("pc.ram", 5 * PAGE, (PAGES - 5) * PAGE),
+        ]
+    )
+
+
+async def test_a_report_names_the_first_thousand_ranges_and_counts_all(
+    make_engine: MakeEngine,
+) -> None:
+    listed: list[MissingRange] = []
+
+    async def list_missing(ranges: Iterator[MissingRange]) -> None:
+        listed.extend(ranges)
+
+    pages = 4096
+    engine = make_engine(pages=pages, list_missing=list_missing)
+    await broken(engine, here=range(0, pages, 2), pages=pages)
+    engine.migration.abandon(force=False)
+    await engine.finish()
+    report = engine.migration.report()
+    assert listed == [MissingRange("pc.ram", page * PAGE, PAGE) for page in range(1, pages, 2)]
+    assert report.missing == listed[:MOST_RANGES]
+    assert (report.missing_ranges, report.missing_length) == (pages // 2, pages // 2 * PAGE)
 
 
 async def test_a_changing_memory_is_waited_for(make_engine: MakeEngine) -> None:

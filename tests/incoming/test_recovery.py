@@ -26,13 +26,14 @@ PAGES = 16
 CONTENT = image(PAGES)
 
 
-async def broken(engine: Engine, here: range = range(4)) -> None:
+async def broken(engine: Engine, here: range = range(4), pages: int = PAGES) -> None:
     """A guest runs with some of its memory, and its stream breaks."""
+    content = CONTENT if pages == PAGES else image(pages)
     engine.attach()
     await engine.source.advise()
-    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
+    await engine.source.switch_over({"pc.ram": [(0, pages * PAGE)]})
     await engine.reach(State.RUNNING)
-    await engine.source.postcopy("pc.ram", CONTENT, [page * PAGE for page in here])
+    await engine.source.postcopy("pc.ram", content, [page * PAGE for page in here])
     await seen(engine.source)
     engine.source.connection.close()
     await engine.reach(State.PAUSED)
