@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,9 +116,9 @@ class Installed:
         """How many descriptors systemd keeps for it."""
         return int(self.told("NFileDescriptorStore"))
 
-    def kill(self, process: int) -> None:
-        """End one of its processes as the kernel would."""
-        self.machine.run("sh", "-c", f"kill -KILL {process}")
+    def kill(self, process: int, signal: str = "KILL") -> None:
+        """Send a signal to one of its processes: by default end it as the kernel would."""
+        self.machine.run("sh", "-c", f"kill -{signal} {process}")
 
     def log(self, *matches: str) -> list[dict[str, Any]]:
         """Its entries in the journal, of those that match (journalctl(1))."""
@@ -129,6 +132,23 @@ class Installed:
         text = there.read_text()
         assert before in text, shlex.quote(before)
         there.write_text(text.replace(before, after))
+
+    @contextmanager
+    def set_to(self, *settings: str) -> Iterator[None]:
+        """Have it run with other settings in the section [Service] of its unit."""
+        directory = self.machine.root / f"run/systemd/system/{UNIT}.d"
+        directory.mkdir(parents=True)
+        (directory / "set.conf").write_text("\n".join(["[Service]", *settings, ""]))
+        try:
+            self._take_settings()
+            yield
+        finally:
+            shutil.rmtree(directory)
+            self._take_settings()
+
+    def _take_settings(self) -> None:
+        self.systemctl("daemon-reload")
+        self.systemctl("restart", UNIT)
 
     def wait_until_active(self) -> None:
         """Return when it does its work."""

@@ -181,6 +181,17 @@ async def test_the_source_comes_back_by_itself(service: Installed, deed: Deed) -
         await it.verify()
 
 
+async def test_a_supervisor_that_stands_still_is_replaced(service: Installed) -> None:
+    with service.set_to("WatchdogSec=1"):
+        async with scene(service) as it:
+            await it.begin()
+            stands_still = service.supervisor
+            await asyncio.to_thread(service.kill, stands_still, "STOP")
+            await it.reach("paused")
+            assert service.supervisor != stands_still
+            await it.resume()
+
+
 # -- restarted before the package ----------------------------------------------------------------
 
 

@@ -81,6 +81,8 @@ def test_the_socket_unit_has_the_paths_of_the_default_configuration() -> None:
         ("Restart", "on-failure"),
         ("RestartForceExitStatus", str(TO_BE_STARTED_AGAIN)),
         ("SuccessExitStatus", str(TO_BE_STARTED_AGAIN)),
+        ("OOMPolicy", "continue"),
+        ("WatchdogSignal", "SIGKILL"),
     ],
 )
 def test_the_service_has_what_the_daemon_relies_on(setting: str, value: str) -> None:
