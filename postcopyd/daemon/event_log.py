@@ -80,7 +80,7 @@ _KINDS: Final[dict[type[events.Event], _Kind]] = {
     ),
     events.Stalled: _Kind(
         "error",
-        "nothing has come for a while, and memory is missing: is the source still there?",
+        "memory is missing, and has not come for a while: is the source still there?",
         "f0d2b7c64e914a0fb1c9a3e57d80264b",
     ),
     events.StallOver: _Kind("info", "memory comes again", "6e81a95d20fc4b37924cd1f3b07e5a48"),

@@ -33,6 +33,11 @@ class Assembler:
         return any(assembly.unfinished for assembly in self._assemblies.values())
 
     @property
+    def filled(self) -> int:
+        """How many bytes of an unfinished host page are here."""
+        return sum(assembly.filled for assembly in self._assemblies.values())
+
+    @property
     def waiting(self) -> bool:
         """True while a part of a message was put off: call `go_on` before anything else."""
         return self._rest is not None

@@ -139,6 +139,11 @@ class Collection:
         """True when every page is here."""
         return all(block.received.all() for block in self._collected.values())
 
+    @property
+    def pages_received(self) -> int:
+        """How many pages of all blocks are here."""
+        return sum(block.received.count() for block in self._collected.values())
+
     def contents(self) -> tuple[CollectedBlock, ...]:
         """Return what is here, valid until `close`."""
         return tuple(

@@ -114,23 +114,23 @@ class Paused:
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """Nothing comes any more, and memory is missing.
+    """Nothing comes any more of memory that is missing, or not what a fault waits for.
 
     Told again when it has lasted twice as long.
     """
 
     seconds: float
-    """Since the last byte of the stream."""
+    """Since the last page has come, or since the oldest fault waits."""
     outstanding: int
     """Host pages that faults wait for."""
 
 
 @dataclass(frozen=True, slots=True)
 class StallOver:
-    """Something has come again."""
+    """Memory has come again, and no fault has waited for long."""
 
     seconds: float
-    """How long nothing did."""
+    """How long it was stalled."""
 
 
 @dataclass(frozen=True, slots=True)

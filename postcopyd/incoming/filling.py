@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
+from time import perf_counter_ns
 
 from bitarray import bitarray
 from bitarray.util import intervals
@@ -399,6 +400,19 @@ class MemoryFilling:
         :raise OSError: if the kernel cannot poison.
         """
         await poison_missing(self._memory.userfaultfd, self.holdings, self.read_faults)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How far it is: host pages that are here, and bytes of those that are begun."""
+        begun = sum(assembler.filled for assembler in self._assemblers)
+        return self.holdings.page_map.received_pages(), begun
+
+    @property
+    def waited(self) -> float:
+        """For how many seconds the oldest fault that waits has waited."""
+        if not self.waiting:
+            return 0.0
+        return (perf_counter_ns() - min(self.waiting.values())) * 1e-9
 
     @property
     def staged(self) -> bool:

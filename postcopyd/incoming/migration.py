@@ -147,7 +147,8 @@ class IncomingMigration:
         self._stall = StallWatch(
             self._loop,
             settings.alarm_after,
-            progress=lambda: self._standing.bytes_received,
+            progress=lambda: self._recipient.progress,
+            waited=lambda: self._recipient.waited,
             stalled=lambda seconds: trace(events.Stalled(seconds, self._recipient.waiting)),
             over=lambda seconds: trace(events.StallOver(seconds)),
         )

@@ -522,6 +522,17 @@ class Recipient:
         """How many pages are waited for now."""
         return len(self._filling.waiting) if self._filling is not None else 0
 
+    @property
+    def waited(self) -> float:
+        """For how many seconds the oldest fault that waits has waited."""
+        return self._filling.waited if self._filling is not None else 0.0
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """How far the memory is that is to come; different whenever some of it has come."""
+        placed = self._filling.progress if self._filling is not None else (0, 0)
+        return *placed, self._collection.pages_received
+
     def blocks(self) -> list[BlockReport]:
         """Tell of each block how much is here."""
         blocks = self._filling.holdings.reports() if self._filling is not None else []

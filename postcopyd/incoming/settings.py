@@ -22,8 +22,8 @@ class Settings:
     vmm_timeout: float = 60.0
     """How long a source waits for the VMM that its stream is for."""
     alarm_after: float = 30.0
-    """How long nothing may come of memory that is missing, once the guest is here, before there is
-    an alarm. It ends nothing."""
+    """How long nothing may come of memory that is missing, once the guest is here, or a fault wait,
+    before there is an alarm. It ends nothing."""
     close_timeout: float = 10.0
     """How long the source has to close its connection after it was told that all is well."""
     break_after: int = 10

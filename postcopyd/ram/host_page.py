@@ -44,6 +44,11 @@ class HostPageAssembly:
         """True in the middle of a host page."""
         return self._progress is not None
 
+    @property
+    def filled(self) -> int:
+        """How many bytes of an unfinished host page are here."""
+        return self._progress.filled if self._progress is not None else 0
+
     def add(self, block: str, offset: int, length: int, payload: memoryview | None) -> bool | None:
         """Add `length` bytes at `offset` of `block`: `payload`, or zeros if it is None.
 

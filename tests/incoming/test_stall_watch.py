@@ -40,6 +40,7 @@ async def test_a_stall_is_told_again_when_it_has_lasted_twice_as_long_and_when_i
         asyncio.get_running_loop(),
         SOON,
         progress=lambda: here,
+        waited=lambda: 0.0,
         stalled=stalled,
         over=lambda _: over.set(),
     )
@@ -71,13 +72,78 @@ async def test_who_goes_on_is_not_complained_of() -> None:
         return looks
 
     watch = StallWatch(
-        asyncio.get_running_loop(), SOON, progress=progress, stalled=told.append, over=told.append
+        asyncio.get_running_loop(),
+        SOON,
+        progress=progress,
+        waited=lambda: 0.0,
+        stalled=told.append,
+        over=told.append,
     )
     watch.start()
     async with asyncio.timeout(LIMIT):
         await enough.wait()
     watch.stop()
     assert told == []
+
+
+async def test_a_source_that_answers_everything_but_one_fault_raises_an_alarm(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
+    await engine.reach(State.RUNNING)
+    ignored = engine.guest.touch(3)
+    await engine.source.wait_for_request()
+
+    async def background() -> None:
+        for page in (0, 1, 2, *range(4, PAGES)):
+            await engine.source.postcopy("pc.ram", CONTENT, [page * 4096])
+            await asyncio.sleep(SOON / 4)
+
+    sending = asyncio.create_task(background())
+    assert (await engine.told(events.Stalled)).outstanding == 1
+    await sending
+    await engine.source.postcopy("pc.ram", CONTENT, [3 * 4096])
+    await engine.told(events.StallOver)
+    assert await asyncio.to_thread(ignored.result) == CONTENT[3 * 4096 : 4 * 4096]
+
+
+async def test_a_source_that_repeats_what_is_here_raises_an_alarm(make_engine: MakeEngine) -> None:
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
+    await engine.reach(State.RUNNING)
+
+    async def repeat() -> None:
+        while True:
+            await engine.source.postcopy("pc.ram", CONTENT, [0])
+            await asyncio.sleep(SOON / 4)
+
+    repeating = asyncio.create_task(repeat())
+    assert (await engine.told(events.Stalled)).outstanding == 0
+    repeating.cancel()
+
+
+async def test_a_source_that_comes_back_again_and_again_and_brings_nothing_raises_an_alarm(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    await broken(engine)
+    engine.events.clear()
+
+    async def flap() -> None:
+        while True:
+            source = come_back(engine)
+            await ask_what_is_here(source)
+            source.connection.close()
+            await engine.reach(State.PAUSED)
+
+    flapping = asyncio.create_task(flap())
+    await engine.told(events.Stalled)
+    flapping.cancel()
 
 
 async def test_a_source_that_falls_silent_after_the_package_raises_an_alarm(
@@ -109,6 +175,7 @@ async def test_a_paused_migration_raises_an_alarm_too(make_engine: MakeEngine) -
     await ask_what_is_here(source)
     await go_on(source)
     await seen(source)
+    await source.postcopy("pc.ram", CONTENT, [10 * 4096])
     await engine.told(events.StallOver)
 
 
