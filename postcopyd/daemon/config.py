@@ -145,6 +145,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _ENGINE.staging_limit >> 20
     )
     """Most that is kept of one VMM's private memory before the switchover, MiB."""
+    worker_staging_mib: Annotated[
+        int, Meta(ge=0, le=1 << 26, description="MiB, 0 for no limit")
+    ] = _ENGINE.staging_limit_together >> 20
+    """Most that one worker keeps of it for all its migrations, MiB."""
     fault_window_kib: Annotated[int, Meta(ge=16, le=65536, description="KiB, 16 to 65536")] = (
         _ENGINE.fault_window >> 10
     )
@@ -262,6 +266,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             package_limit=self.limits.package_mib << 20,
             memory_limit=self.limits.memory_gib << 30,
             staging_limit=self.limits.staging_mib << 20,
+            staging_limit_together=self.limits.worker_staging_mib << 20,
             alarm_after=self.timeouts.alarm,
             first_byte_timeout=self.timeouts.first_byte,
             idle_timeout=self.timeouts.idle,

@@ -28,6 +28,7 @@ from postcopyd.incoming.moving import check_fits
 from postcopyd.incoming.replacing import Replacement
 from postcopyd.incoming.report import BlockReport, Counters, Histogram
 from postcopyd.incoming.settings import Settings
+from postcopyd.incoming.staging_limits import StagingLimits
 from postcopyd.incoming.vmm import FedBlock, GuestMemory, Vmm, VmmFailure
 from postcopyd.kernel import memory_file
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
@@ -94,6 +95,7 @@ class Recipient:
         self._target_page_size = 0
         self._discard_asked = False
         self._aside = Aside(self._loop)
+        self._staging_limits = StagingLimits(self._loop, settings, self._staged)
         self.loaded_at: float | None = None
         """When the VMM has run, seconds of `perf_counter`; None before."""
 
@@ -350,16 +352,10 @@ class Recipient:
         if not self.loading.take(message):
             holdings = self.filling.holdings
             holdings.stage(holdings.block_of(message.block), message, self._target_page_size)
-            self._check_staging()
+            self._staging_limits.check(len(message))
 
-    def _check_staging(self) -> None:
-        limit = self._settings.staging_limit
-        if limit and self.filling.holdings.staged_bytes > limit:
-            raise ProtocolError(
-                f"the pre-copy has brought more than {limit >> 20} MiB for private memory: switch "
-                "over earlier, share the VMM's memory, or raise staging_mib",
-                None,
-            )
+    def _staged(self) -> int:
+        return self._filling.holdings.staged_bytes if self._filling is not None else 0
 
     async def allow_discards(self) -> None:
         """Have huge pages forbidden; once, before the first discard or else the end of pre-copy.
@@ -506,6 +502,7 @@ class Recipient:
         self._aside.then(close)
 
     def _close(self) -> None:
+        self._staging_limits.leave()
         if self._filling is not None:
             self._filling.close()
         self._collection.close()

@@ -15,6 +15,8 @@ class Settings:
     """Most memory of one VMM: the accounts take 1/8192 of it."""
     staging_limit: int = 0
     """Most that is kept of what comes before the switchover for private memory; 0 for no limit."""
+    staging_limit_together: int = 0
+    """Most that is kept of it by all migrations of one event loop; 0 for no limit."""
     first_byte_timeout: float = 30.0
     """How long a source that has connected may stay silent before its first byte."""
     idle_timeout: float = 60.0

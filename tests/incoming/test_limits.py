@@ -12,6 +12,7 @@ from postcopyd.incoming.settings import Settings
 from postcopyd.incoming.states import State
 from tests.incoming.engine import Engine, image
 from tests.incoming.guest import PAGE
+from tests.incoming.test_recovery import seen
 
 MakeEngine = Callable[..., Engine]
 PAGES = 1024
@@ -44,6 +45,37 @@ async def test_a_pre_copy_that_brings_more_than_may_be_kept_ends_and_the_source_
     assert report.failure is not None
     assert "more than 1 MiB for private memory" in report.failure
     assert "raise staging_mib" in report.failure
+
+
+async def test_pre_copies_that_together_bring_more_than_may_be_kept_end_one_of_them(
+    make_engine: MakeEngine,
+) -> None:
+    settings = Settings(staging_limit_together=3 << 20)
+    first, second = (make_engine(pages=PAGES, settings=settings) for _ in range(2))
+    await precopied(first, 512)
+    await seen(first.source)
+    with contextlib.suppress(BrokenPipeError):
+        await precopied(second, 512)
+    await second.finish()
+    report = second.migration.report()
+    assert report.state == "failed" and not report.guest_lost
+    assert report.failure is not None
+    assert "all pre-copies have brought more than 3 MiB for private memory" in report.failure
+    assert "raise worker_staging_mib" in report.failure
+    await first.source.switch_over({"pc.ram": [(512 * PAGE, (PAGES - 512) * PAGE)]})
+    await first.reach(State.RUNNING)
+
+
+async def test_what_has_ended_leaves_room_for_others(make_engine: MakeEngine) -> None:
+    settings = Settings(staging_limit_together=3 << 20)
+    first, second = (make_engine(pages=PAGES, settings=settings) for _ in range(2))
+    await precopied(first, 512)
+    await seen(first.source)
+    first.migration.cancel("the test makes room")
+    await first.finish()
+    await precopied(second, 512)
+    await second.source.switch_over({"pc.ram": [(512 * PAGE, (PAGES - 512) * PAGE)]})
+    await second.reach(State.RUNNING)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["the same pages again", "shared memory"])
