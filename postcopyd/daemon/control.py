@@ -32,7 +32,7 @@ from aiohttp import web
 from postcopyd.daemon import host_check_process
 from postcopyd.daemon.acceptor import Acceptor
 from postcopyd.daemon.entry import Entry
-from postcopyd.daemon.event_log import INTERNAL_ERROR_ID
+from postcopyd.daemon.event_log import INTERNAL_ERROR_ID, log_client_refused
 from postcopyd.daemon.exchange import Exchange, Handler
 from postcopyd.daemon.left_behind import HeldMigration
 from postcopyd.daemon.logging import get_logger
@@ -206,7 +206,8 @@ class ControlApi:
         if transport is None:
             raise _NotAllowed("the connection is closed")
         peer = peer_of(cast(socket.socket, transport.get_extra_info("socket")))
-        if self._allowed.refusal(peer) is not None:
+        if (reason := self._allowed.refusal(peer, "control postcopyd")) is not None:
+            log_client_refused(str(peer), reason)
             raise _NotAllowed(f"user {peer.uid} is not allowed to control postcopyd")
 
     # -- what can be asked -------------------------------------------------------------------

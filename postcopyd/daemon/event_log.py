@@ -111,6 +111,7 @@ TLS_READ_ID: Final = "86f10e265e1647468d209e52f67d4267"
 TLS_KEPT_ID: Final = "c879efd2eece463bb3db65099257e087"
 TLS_DOUBT_ID: Final = "8bcc3eb6837d49afb392d55d9e93c746"
 VMM_REFUSED_ID: Final = "353089378563465baaa7f11a4775fd31"
+CLIENT_REFUSED_ID: Final = "e4c7b0d39f5a4b7c8d21a6f05c3e91b8"
 NETWORK_UNWATCHED_ID: Final = "c90e7a5d2f8b4c6e8134b7d6f01a92e5"
 MISSING_LIST_ID: Final = "c95de1b80a7f4f63924b6f3a1e87d054"
 UNREADABLE_ID: Final = "4b7cf0e9d0a84d0cb8a3a9c3f5d3c1e2"
@@ -119,7 +120,13 @@ INTERNAL_ERROR_ID: Final = "c4481f169e224715be3330629a54b566"
 
 MESSAGE_IDS: Final = frozenset(
     {kind.message_id for kind in _KINDS.values()}
-    | {SOURCE_REFUSED_ID, VMM_REFUSED_ID, NETWORK_UNWATCHED_ID, INTERNAL_ERROR_ID}
+    | {
+        SOURCE_REFUSED_ID,
+        VMM_REFUSED_ID,
+        CLIENT_REFUSED_ID,
+        NETWORK_UNWATCHED_ID,
+        INTERNAL_ERROR_ID,
+    }
     | {TLS_READ_ID, TLS_KEPT_ID, TLS_DOUBT_ID, UNREADABLE_ID, WORKER_DIED_ID}
     | {MISSING_LIST_ID}
 )
@@ -155,6 +162,16 @@ def log_source_refused(migration: str, peer: str, reason: str) -> None:
 def log_vmm_refused(peer: str, reason: str) -> None:
     """Log that a VMM's handoff was not accepted."""
     get_logger().warning("a VMM was refused", peer=peer, reason=reason, message_id=VMM_REFUSED_ID)
+
+
+def log_client_refused(peer: str, reason: str) -> None:
+    """Log that somebody may not use the control API."""
+    get_logger().warning(
+        "a client of the control socket was refused",
+        peer=peer,
+        reason=reason,
+        message_id=CLIENT_REFUSED_ID,
+    )
 
 
 def log_list(name: str, path: str) -> None:

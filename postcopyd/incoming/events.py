@@ -52,8 +52,9 @@ class PreemptAttached:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionRefused:
-    """A further connection was closed at once; the migration does not mind."""
+    """A further connection was closed; the migration does not mind."""
 
+    peer: str
     reason: str
 
 

@@ -54,7 +54,7 @@ class SourceLink:
         preempt_attached: Callable[[str], None],
         silence_ended: Callable[[], None],
         mistaken: Callable[[list[tuple[Connection, str]]], None],
-        refused: Callable[[str], None],
+        refused: Callable[[str, str], None],
         others_fault: Callable[[], bool],
         resume: ResumeState | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class SourceLink:
         :param silence_ended: told when a connection that had not said what it is has gone.
         :param mistaken: given all connections when the main one is another than was thought; that
             one first.
-        :param refused: told why a further connection was closed.
+        :param refused: told whose further connection was closed, and why.
         :param others_fault: asked whether other guests of this event loop wait for their turn.
         :param resume: what a source that comes back after a break does not say again.
         """
@@ -164,7 +164,7 @@ class SourceLink:
             or len(self._silent) >= _SILENT_LIMIT
             or not _same_origin(connection, self.connection)
         ):
-            self._refuse(connection)
+            self._refuse(connection, peer)
             return
         prepare(connection, self._settings.fault_window)
         tcp.notice_break(socket_of(connection), self._settings.break_after)
@@ -223,7 +223,7 @@ class SourceLink:
         elif first[0] == Section.COMMAND and self.package_came:
             self._keep_returning(connection, peer)
         elif first[0] != FIRST_BYTE or self.preempt is not None:
-            self._refuse(connection)
+            self._refuse(connection, peer)
         else:
             self._begin_preempt(connection, peer)
 
@@ -264,10 +264,12 @@ class SourceLink:
         `Probing` says how.
         """
         if self._goodbye is not None:
-            self._tell(connection)
+            self._tell(connection, peer)
             return
         if self._returning is not None:
-            self._returning[0].close()
+            before, earlier = self._returning
+            before.close()
+            self._refused(earlier, f"has been resumed once more since, by {peer}")
         self._returning = (connection, peer)
         self.probe()
 
@@ -295,9 +297,9 @@ class SourceLink:
         self._silent.clear()
         return returning
 
-    def _refuse(self, connection: Connection) -> None:
+    def _refuse(self, connection: Connection, peer: str) -> None:
         connection.close()
-        self._refused(f"already has a source: {self.peer}")
+        self._refused(peer, f"already has a source: {self.peer}")
 
     def _begin_preempt(self, connection: Connection, peer: str) -> None:
         self.preempt = StreamConnection(
@@ -425,14 +427,14 @@ class SourceLink:
         self._goodbye = Goodbye(self.connection)
         self.send(self.writer.shut(0))
         if self._returning is not None:
-            connection, _ = self._returning
+            connection, peer = self._returning
             self._returning = None
-            self._tell(connection)
+            self._tell(connection, peer)
 
-    def _tell(self, connection: Connection) -> None:
+    def _tell(self, connection: Connection, peer: str) -> None:
         assert self._goodbye is not None
         if len(self._told) >= _SILENT_LIMIT:
-            self._refuse(connection)
+            self._refuse(connection, peer)
             return
         self._told.append(connection)
         self._goodbye.returned(connection)

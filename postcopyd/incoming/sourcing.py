@@ -150,10 +150,10 @@ class Sourcing:
                 self.attach(connection, peer)
             except Refused as error:
                 connection.close()
-                self._trace(events.ConnectionRefused(str(error)))
+                self._trace(events.ConnectionRefused(peer, str(error)))
 
-    def _connection_refused(self, why: str) -> None:
-        self._trace(events.ConnectionRefused(f"migration {self._name!r} {why}"))
+    def _connection_refused(self, peer: str, why: str) -> None:
+        self._trace(events.ConnectionRefused(peer, f"migration {self._name!r} {why}"))
 
     def _go_on(self) -> None:
         """Go on with a source that is back and knows what is here."""
@@ -223,7 +223,7 @@ class Sourcing:
         elif isinstance(error, NothingToResume):
             # Its package has never come here; it will begin anew, and this must be here then.
             self.drop()
-            self._connection_refused(f"has not begun: {error}")
+            self._connection_refused(peer or "", f"has not begun: {error}")
         else:
             self.lose(reason)
 

@@ -268,8 +268,14 @@ async def test_only_who_is_allowed_gets_an_answer(hosted: Hosted) -> None:
     api = Api(hosted, AllowedPeers([65534]))
     await api.api.start()
     try:
-        with pytest.raises(ControlError, match=f"user {os.geteuid()} is not allowed") as caught:
+        with (
+            configured("info", "json", stream=(log := StringIO())),
+            pytest.raises(ControlError, match=f"user {os.geteuid()} is not allowed") as caught,
+        ):
             await api.ask("create", "vm0")
+        (line,) = log.getvalue().splitlines()
+        assert json.loads(line)["peer"] == f"pid {os.getpid()}, uid {os.geteuid()}"
+        assert "is not allowed to control postcopyd here" in json.loads(line)["reason"]
         assert caught.value.code == "not-allowed"
         assert "control_users" in caught.value.hint
         assert list(hosted.registry) == []

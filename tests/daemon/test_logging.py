@@ -112,7 +112,7 @@ SAMPLES: list[events.Event] = [
     events.StreamAttached("192.0.2.1:5"),
     events.StreamDropped("192.0.2.1:5"),
     events.PreemptAttached("192.0.2.1:6"),
-    events.ConnectionRefused("migration 'vm0' already has a source: 192.0.2.1:5"),
+    events.ConnectionRefused("192.0.2.9:5", "migration 'vm0' already has a source: 192.0.2.1:5"),
     events.Converged(),
     events.PackageReceived(100),
     events.DeviceStateLoaded(0.5),
@@ -141,7 +141,7 @@ def test_every_event_of_the_engine_has_an_identifier_of_its_own(journald: FakeJo
         assert entry["POSTCOPYD_MIGRATION"] == "vm0"
         assert identifiers.setdefault(entry["MESSAGE_ID"], type(event)) is type(event)
     assert set(identifiers.values()) == set(get_args(events.Event))
-    assert len(event_log.MESSAGE_IDS) == len(identifiers) + 9
+    assert len(event_log.MESSAGE_IDS) == len(identifiers) + 10
     assert set(identifiers) < event_log.MESSAGE_IDS
 
 

@@ -317,6 +317,8 @@ async def test_a_second_source_is_refused_and_told_of(hosted: Hosted) -> None:
         "a source was refused",
     ]
     assert events[1]["migration"] == "vm0"
+    host, port = second.connection.getsockname()
+    assert events[1]["peer"] == f"{host}:{port}"
     host, port = first.connection.getsockname()
     assert events[1]["reason"] == f"migration 'vm0' already has a source: {host}:{port}"
     assert entry.view()["peer"] == f"{host}:{port}"

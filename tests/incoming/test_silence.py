@@ -179,6 +179,20 @@ async def test_nobody_ends_a_good_stream_by_coming_back_in_its_place(
     assert not pretender.messages
 
 
+async def test_of_two_that_come_back_the_later_one_waits_and_it_is_told_of_the_other(
+    make_engine: MakeEngine, connect: Connect
+) -> None:
+    engine = make_engine(SOON, pages=PAGES)
+    await running(engine, connect)
+    first = come_back(engine, connect)
+    second = come_back(engine, connect)
+    refused = await engine.told(events.ConnectionRefused)
+    assert refused.peer == "connection 2"
+    assert refused.reason == "migration 'vm0' has been resumed once more since, by connection 3"
+    await first.wait_for_close()
+    await resume_and_finish(engine, second)
+
+
 async def test_a_stream_that_something_on_the_way_keeps_open_gives_way_to_the_source_that_is_back(
     make_engine: MakeEngine, connect: Connect
 ) -> None:
