@@ -65,8 +65,8 @@ def pipe() -> int:
     return reading
 
 
-def facts() -> int:
-    return file_of(msgspec.json.encode(EntryFacts(())))
+def facts(*allowed: str) -> int:
+    return file_of(msgspec.json.encode(EntryFacts(allowed)))
 
 
 VMM = VmmRecord("no such kind", msgspec.Raw(b"{}"), (), (), False)
@@ -93,6 +93,10 @@ UNREADABLE: dict[str, tuple[dict[str, Callable[[], int]], str]] = {
     "facts of another kind": (
         {"listener": listener, "entry": lambda: file_of(b"{}"), "journal": journal},
         "readable",
+    ),
+    "a name where nobody shows one any more": (
+        {"listener": listener, "entry": lambda: facts("node7"), "journal": journal},
+        "none can be allowed by name",
     ),
     "no journal in its journal": (
         {"listener": listener, "entry": facts, "journal": lambda: file_of(b"postcopyd")},
