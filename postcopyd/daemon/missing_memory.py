@@ -64,7 +64,7 @@ async def write_list(directory: Path, report: Report, ranges: Iterator[MissingRa
         ranges=report.missing_ranges,
     )
     path = directory / f"{report.name}-{now:%Y%m%dT%H%M%SZ}.missing.json"
-    with _complete_or_not_at_all(path) as file:
+    with _complete_or_not_at_all(path, directory / f"{report.name}.unfinished") as file:
         await _write(file, head, ranges)
         file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())
@@ -85,13 +85,18 @@ async def _write(file: BinaryIO, head: _Head, ranges: Iterator[MissingRange]) ->
 
 
 @contextlib.contextmanager
-def _complete_or_not_at_all(path: Path) -> Iterator[BinaryIO]:
-    """Have a file be at `path` if all of it was written."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
+def _complete_or_not_at_all(path: Path, unfinished: Path) -> Iterator[BinaryIO]:
+    """Have a file be at `path` if all of it was written.
+
+    :param unfinished: where it is until then. What a process that was killed has left there is
+        written over: whoever goes on with its migration lists again.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    descriptor = os.open(unfinished, flags, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
-        Path(name).replace(path)
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink()
+        unfinished.unlink()
         raise

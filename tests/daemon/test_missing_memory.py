@@ -70,3 +70,23 @@ async def test_a_list_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> 
     with pytest.raises(OSError, match="No space left"):
         await write_list(tmp_path, report_of([]), ranges())
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_nothing_is_left_of_a_list_whose_writer_was_killed(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        """The end of a process, but for what that would leave."""
+
+    unfinished: list[tuple[Path, bytes]] = []
+
+    def ranges() -> Iterator[MissingRange]:
+        yield from (MissingRange("pc.ram", i * PAGE, PAGE) for i in range(10_000))
+        unfinished.extend((path, path.read_bytes()) for path in tmp_path.iterdir())
+        raise Killed
+
+    with pytest.raises(Killed):
+        await write_list(tmp_path, report_of([]), ranges())
+    ((left, content),) = unfinished
+    left.write_bytes(content)
+    path = await write_list(tmp_path, report_of([]), iter([]))
+    assert json.loads(path.read_text())["missing"] == []
+    assert list(tmp_path.iterdir()) == [path]

@@ -70,13 +70,22 @@ class _Cut(Exception):
 class FaultyRelay:
     """Passes the connections that it takes on, and has the faults happen."""
 
-    def __init__(self, faults: Iterable[tuple[Fault, ...]], connect: Connect) -> None:
+    def __init__(
+        self,
+        faults: Iterable[tuple[Fault, ...]],
+        connect: Connect,
+        *,
+        ends_with_destination: bool = False,
+    ) -> None:
         """Make a relay; each connection has the faults that come next, then there are none.
 
         :param connect: connects to a port of the destination's host.
+        :param ends_with_destination: listen no more when nobody listens there any more.
         """
         self._faults = iter(faults)
         self._connect = connect
+        self._ends_with_destination = ends_with_destination
+        self._listener: socket.socket | None = None
         self._destination = 0
         self.refused = True
         """True once nobody listens there any more: a relay takes connections nevertheless."""
@@ -91,16 +100,22 @@ class FaultyRelay:
         with listener:
             listener.setblocking(False)
             self.port = listener.getsockname()[1]
-            loop = asyncio.get_running_loop()
-            loop.add_reader(listener, self._accept, listener)
+            self._listener = listener
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
             try:
                 yield self
             finally:
-                loop.remove_reader(listener)
+                self._listen_no_more()
                 while self._tasks:
                     for task in self._tasks:
                         task.cancel()
                     await asyncio.wait(self._tasks)
+
+    def _listen_no_more(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
 
     def lead_to(self, port: int) -> None:
         """Pass on to this port the connections that follow."""
@@ -144,6 +159,8 @@ class FaultyRelay:
             return await self._connect(destination)
         except ConnectionRefusedError:
             self.refused = destination == self._destination
+            if self.refused and self._ends_with_destination:
+                self._listen_no_more()
             raise
 
     def say_again(self, said: bytes, seconds: float) -> None:
