@@ -58,13 +58,18 @@ class Guest:
 
 @contextmanager
 def running_guest(
-    daemon: Daemon, name: str, kind: str, program: str = "tests.interop.stand_in_vmm"
+    daemon: Daemon,
+    name: str,
+    kind: str,
+    program: str = "tests.interop.stand_in_vmm",
+    *options: str,
 ) -> Iterator[Guest]:
+    """Start a VMM, which hands over by itself; `options` are those of its program."""
     directory = daemon.directory / f"guest-{name}"
     directory.mkdir()
     with subprocess.Popen(
         [
-            *(*daemon.beside, sys.executable, "-m", program),
+            *(*daemon.beside, sys.executable, "-m", program, *options),
             *(str(daemon.handoff), name, kind, str(directory)),
             *(f"{block}={length}" for block, length in LENGTHS.items()),
         ],

@@ -1,8 +1,9 @@
 """A VMM whose guest uses all its memory at once, checks it, and measures how long it had to wait.
 
-Run as ``python -m tests.torture.checker_vmm HANDOFF NAME anonymous|memory-file DIRECTORY
-BLOCK=LENGTH...``. Whoever starts a VMM would start it again if the daemon was killed before it had
-said that it takes it; this one hands over again by itself.
+Run as ``python -m tests.torture.checker_vmm SECONDS HANDOFF NAME anonymous|memory-file DIRECTORY
+BLOCK=LENGTH...``; SECONDS from one access to the next have the guest live through what happens,
+until all its memory is there. Whoever starts a VMM would start it again if the daemon was killed
+before it had said that it takes it; this one hands over again by itself.
 
 From the moment at which the guest runs, its threads go through all pages in random order. Of each
 the first bytes are written, of half of them before anything is read, and the rest is copied away.
@@ -28,8 +29,6 @@ PAGE: Final = 4096
 THREADS: Final = 3
 STAMP: Final = 8
 """Bytes of each page that the guest writes."""
-_WORK: Final = 0.0005
-"""Seconds from one access to the next: so that the guest lives through what happens."""
 _HANDOFFS: Final = 20
 _PAUSE: Final = 0.1
 """Seconds between two of them."""
@@ -43,10 +42,14 @@ def stamp(page: int) -> bytes:
 class Processor(threading.Thread):
     """Writes to and reads from pages, as fast as they come."""
 
-    def __init__(self, pages: list[tuple[int, int]]) -> None:
-        """Take numbers and addresses of pages."""
+    def __init__(
+        self, pages: list[tuple[int, int]], work: float, all_here: threading.Event
+    ) -> None:
+        """Take numbers and addresses of pages, and seconds from one access to the next."""
         super().__init__(daemon=True)
         self.pages = pages
+        self._work = work
+        self._all_here = all_here
         self.copies = ctypes.create_string_buffer(len(pages) * PAGE)
         self.longest = 0.0
         """Seconds that the longest access took."""
@@ -66,7 +69,7 @@ class Processor(threading.Thread):
             self.longest = max(self.longest, time.perf_counter() - begin)
             copy(address, stamp(number), STAMP)
             copy(kept, address, PAGE)
-            time.sleep(_WORK)
+            self._all_here.wait(self._work)
 
     def pages_that_changed(self) -> int:
         """How many pages differ now from what they were."""
@@ -94,7 +97,7 @@ def hand_over(path: str, name: str, blocks: list[Block]) -> Destination:
 
 
 def main() -> None:
-    handoff, name, kind, directory_name, *descriptions = sys.argv[1:]
+    work, handoff, name, kind, directory_name, *descriptions = sys.argv[1:]
     directory = Path(directory_name)
     make_block = {"anonymous": Block.anonymous, "memory-file": Block.memory_file}[kind]
     blocks = [
@@ -108,16 +111,22 @@ def main() -> None:
     ]
     pages = list(enumerate(addresses))
     random.shuffle(pages)
-    processors = [Processor(pages[place::THREADS]) for place in range(THREADS)]
+    all_here = threading.Event()
+    processors = [
+        Processor(pages[place::THREADS], float(work), all_here) for place in range(THREADS)
+    ]
     with hand_over(handoff, name, blocks) as destination:
         say(listen=destination.listen)
         try:
             device_state = destination.wait_for_device_state()
             for processor in processors:
                 processor.start()
+            say(began=time.monotonic())
             (directory / "device-state").write_bytes(device_state)
             destination.loaded()
             destination.wait_for_completion()
+            say(ended=time.monotonic())
+            all_here.set()
         except MigrationFailed as error:
             say(failed=str(error))
             return

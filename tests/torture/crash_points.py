@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from tests.torture.crashing import KINDS, Kind
-from tests.torture.kills import Point, Victim
+from tests.torture.kills import Point, Seat, When
+from tests.torture.victims import Victim
 
 _INCOMING: Final = "postcopyd.incoming"
 _DAEMON: Final = "postcopyd.daemon"
@@ -49,6 +50,14 @@ def _kept(name: str, **more: object) -> dict[str, Point]:
 
 def _in_the_supervisor(name: str, target: str, **more: object) -> dict[str, Point]:
     return _around(name, target, process="supervisor", **more)
+
+
+def _spare_begins(when: When, seat: Seat) -> Point:
+    return Point(when, f"{_CREW}._begin_spare", process="supervisor", seat=seat)
+
+
+def _first_worker_begins(when: When, seat: Seat) -> Point:
+    return Point(when, f"{_CREW}._begin", process="supervisor", seat=seat)
 
 
 FIRST: Final[dict[str, Point]] = {
@@ -137,15 +146,21 @@ FIRST: Final[dict[str, Point]] = {
 
 AGAIN: Final[dict[str, Point]] = {
     # The supervisor, when a worker has died.
-    **_in_the_supervisor("the worker is replaced", f"{_CREW}._replace"),
-    **_in_the_supervisor("the spare begins", f"{_CREW}._begin_spare"),
+    **_in_the_supervisor("the worker is replaced", f"{_CREW}._replace", seat="empty"),
+    "before the spare begins": _spare_begins("before", "empty"),
+    "after the spare begins": _spare_begins("after", "either"),
     **_in_the_supervisor(
-        "the spare is handed the page map", f"{_CHANNEL}.send", mentions="'page-map'"
+        "the spare is handed the page map",
+        f"{_CHANNEL}.send",
+        mentions="'page-map'",
+        seat="empty",
     ),
     # The worker that takes over.
-    **_around("the spare gets the page map", f"{_CHANNEL}.received", mentions="'page-map'"),
+    **_around(
+        "the spare gets the page map", f"{_CHANNEL}.received", mentions="'page-map'", seat="empty"
+    ),
     "before the spare hears that it begins": Point(
-        "before", f"{_CHANNEL}.received", mentions="Begin("
+        "before", f"{_CHANNEL}.received", mentions="Begin(", seat="empty"
     ),
     **_around("a migration is restored", f"{_REGISTRY}.restore"),
     **_around("the VMM is inherited", f"{_INCOMING}.inheriting:inherit"),
@@ -163,9 +178,15 @@ AGAIN: Final[dict[str, Point]] = {
 """Points that a migration comes to whose daemon was killed in its middle."""
 
 RESTARTED: Final[dict[str, Point]] = {
-    **_in_the_supervisor("the supervisor takes over", f"{_HOLDING}.take_over"),
-    **_in_the_supervisor("the first worker begins", f"{_CREW}._begin"),
-    **_around("the first worker gets the journal", f"{_CHANNEL}.received", mentions="'journal'"),
+    **_in_the_supervisor("the supervisor takes over", f"{_HOLDING}.take_over", seat="empty"),
+    "before the first worker begins": _first_worker_begins("before", "empty"),
+    "after the first worker begins": _first_worker_begins("after", "either"),
+    **_around(
+        "the first worker gets the journal",
+        f"{_CHANNEL}.received",
+        mentions="'journal'",
+        seat="empty",
+    ),
 }
 """Points that are come to when everything was killed in its middle."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +23,16 @@ from tests.daemon.whole_migration import (
 )
 from tests.support import LIMIT, wait_readable, wait_until
 from tests.torture.checker_vmm import STAMP, stamp
-from tests.torture.kills import Victim
+from tests.torture.course import Course
+from tests.torture.kills import Point, arm, assert_killed, happened, package_came
+from tests.torture.victims import Kill, Victim
 
 Kind = Literal["memory-file", "anonymous"]
 KINDS: tuple[Kind, ...] = ("memory-file", "anonymous")
 
-_BANDWIDTH = "16M"
-_SETTINGS = "[timeouts]\nclose = 1\n"
-"""A source that has gone without a word may come back for so long; most of these have gone."""
+_SETTINGS = "workers = 2\n[timeouts]\nclose = 1\n"
+"""One worker has nothing to do with what happens. A source that has gone without a word may come
+back for so long; most of these have gone."""
 _OWN = {"/control", "/handoff"}
 """What the service manager keeps when there is no migration."""
 _LAST_LINES = 30
@@ -91,17 +93,6 @@ def _mark(directory: Path) -> bytes:
     return f"POSTCOPYD_TEST={directory}".encode()
 
 
-def kill(daemon: RunningDaemon, victim: Victim) -> None:
-    """Kill from outside, what there is of it at this instant."""
-    supervisor = daemon.process.pid
-    workers = [process for process in processes_of(daemon) if process != supervisor]
-    workers = sorted(workers, key=lambda process: not _has_the_migration(process))[:1]
-    victims = {"worker": workers, "supervisor": [supervisor], "both": [supervisor, *workers]}
-    for process in victims[victim]:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-
-
 @contextmanager
 def restarted_daemon(directory: Path, environment: Mapping[str, str]) -> Iterator[RunningDaemon]:
     """Run a daemon that is started again when it is killed, and see that it leaves nothing.
@@ -134,45 +125,88 @@ def restarted_daemon(directory: Path, environment: Mapping[str, str]) -> Iterato
         assert "Traceback" not in daemon.log, daemon.log
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long a guest takes to live through its migration: about as long as its source does."""
+
+    bandwidth: str
+    work: float
+    """Seconds from one access of a guest's thread to the next."""
+
+
+USUAL = Pace("16M", 0.0005)
+SLOW = Pace("3M", 0.003)
+
+
+@dataclass
+class Moments:
+    """What whoever kills from outside may wait for. Set when it has come, or never will."""
+
+    ran: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
 def migrate(
     directory: Path,
     kind: Kind,
-    environment: Mapping[str, str],
-    during: Callable[[RunningDaemon], None] = lambda _: None,
-) -> float:
+    kills: Sequence[tuple[Point, Victim | None]] = (),
+    during: Callable[[RunningDaemon, Moments], list[Kill]] = lambda *_: [],
+    pace: Pace = USUAL,
+) -> Course:
     """Move a guest through a daemon whose processes are killed; see that all is well at the end.
 
-    :param environment: of the daemon, in which its kills may be.
-    :param during: kills, where nobody else does; called in a thread when the guest was started.
-    :return: seconds that the guest's longest access to its memory took.
+    :param kills: which the daemon carries out by itself.
+    :param during: more kills; called in a thread when the guest was started, returns what it did.
     """
     image = Image(directory / "image", seed=8)
+    moments = Moments()
     with (
-        restarted_daemon(directory, environment) as daemon,
-        running_guest(daemon, "vm0", kind, "tests.torture.checker_vmm") as guest,
+        restarted_daemon(directory, arm(directory, kills)) as daemon,
+        running_guest(daemon, "vm0", kind, "tests.torture.checker_vmm", str(pace.work)) as guest,
+        ThreadPoolExecutor(1) as killer,
     ):
-        killing = threading.Thread(target=during, args=(daemon,))
-        killing.start()
+        killing = killer.submit(during, daemon, moments)
         try:
-            longest = _send(image, guest)
+            times = _send(image, guest, moments, pace)
         finally:
-            killing.join(LIMIT)
+            moments.ran.set()
+            moments.ended.set()
+            killed = killing.result(LIMIT)
         _check(image, guest)
-        return longest
+        by_itself = happened(directory)
+        assert_killed(kills, by_itself)
+        for kill in (*by_itself, *killed):
+            for victim in kill.victims:
+                wait_until(lambda victim=victim: not victim.lives())  # type: ignore[misc]
+        return Course(package_came(directory), *times, (*by_itself, *killed))
 
 
-def _send(image: Image, guest: Guest) -> float:
-    """Send the image to the guest, which must have it unchanged; return its longest access."""
+def _send(image: Image, guest: Guest, moments: Moments, pace: Pace) -> tuple[float, float, float]:
+    """Send the image to the guest, which must have it unchanged.
+
+    :return: when it began and ended, and how long its longest access took.
+    """
     (listen,) = _says(guest)["listen"]
-    source = image.start_sending(listen, "--max-bandwidth", _BANDWIDTH)
+    source = image.start_sending(listen, "--max-bandwidth", pace.bandwidth)
     try:
+        times = []
+        for moment, what in ((moments.ran, "began"), (moments.ended, "ended")):
+            word = _says(guest)
+            assert what in word, word
+            times.append(word[what])
+            moment.set()
         assert_sent(source)
+    except AssertionError as error:
+        source.kill()
+        _, errors = source.communicate(timeout=LIMIT)
+        raise AssertionError(f"{error}; the source: {errors}") from error
     finally:
         source.kill()
     end = _says(guest)
-    longest: float = end.pop("longest", 0.0)
+    longest: float = end.pop("longest")
     assert end == {"complete": True, "changed": 0}, end
-    return longest
+    began, ended = times
+    return began, ended, longest
 
 
 def _says(guest: Guest) -> dict[str, Any]:
@@ -192,14 +226,6 @@ def _check(image: Image, guest: Guest) -> None:
             wanted = stamp(number) + content[offset + STAMP : offset + PAGE]
             assert memory[name][offset : offset + PAGE] == wanted, f"{name} at {offset:#x} is wrong"
             number += 1
-
-
-def _has_the_migration(process: int) -> bool:
-    """Tell whether it is the worker that has the only migration: the first one."""
-    try:
-        return Path(f"/proc/{process}/comm").read_text() == "postcopyd-0\n"
-    except OSError:
-        return False
 
 
 def _is_spare(process: int) -> bool:

@@ -30,22 +30,51 @@ class Sampling:
         return random.Random(f"{self.seed} {matrix}")
 
 
+@dataclass(frozen=True)
+class Goal:
+    """How long a guest may have to wait, seconds. It is printed, and fails no test."""
+
+    p50: float
+    longest: float
+
+
 @dataclass
 class Tally:
     """What came of the cases of one matrix; printed at the end of the run."""
 
     matrix: str
     outcomes: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    """How many came when, where that is told."""
     pauses: list[float] = field(default_factory=list)
     """Seconds of the guest's longest pause in each case, where it was measured."""
+    goal: Goal | None = None
 
     def lines(self) -> list[str]:
         """Return what to print."""
-        cases = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items())
-        lines = [f"{self.matrix}: {cases}"]
+        lines = [f"{self.matrix}: {_counts(self.outcomes)}"]
+        if self.kills:
+            lines.append(f"  kills: {_counts(self.kills)}")
+        if self.goal is not None and not self.pauses:
+            lines.append("  no case was under a guest")
         if self.pauses:
-            lines.append(
-                f"  longest pause of the guest: p50 {median(self.pauses) * 1000:.0f} ms, "
-                f"max {max(self.pauses) * 1000:.0f} ms"
-            )
+            p50, longest = median(self.pauses), max(self.pauses)
+            pauses = f"p50 {p50 * 1000:.0f} ms, max {longest * 1000:.0f} ms"
+            if self.goal is None:
+                lines.append(f"  longest pause of the guest: {pauses}")
+            else:
+                lines.append(f"  longest pause in the {len(self.pauses)} under a guest: {pauses}")
+                lines.append(
+                    f"  goal: p50 <= {self.goal.p50 * 1000:.0f} ms {_yes(p50 <= self.goal.p50)}, "
+                    f"max <= {self.goal.longest * 1000:.0f} ms "
+                    f"{_yes(longest <= self.goal.longest)}"
+                )
         return lines
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counter.items())
+
+
+def _yes(it_is: bool) -> str:
+    return "yes" if it_is else "no"

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from tests.daemon.daemon_process import RunningDaemon
-from tests.torture.crashing import KINDS, kill, migrate
-from tests.torture.kills import VICTIMS, Victim
+from tests.support import LIMIT
+from tests.torture.course import note, tally_of
+from tests.torture.crashing import KINDS, SLOW, Moments, migrate
+from tests.torture.kills import assert_whom
 from tests.torture.sampling import Sampling, Tally
+from tests.torture.victims import VICTIMS, Kill, Victim, from_outside
 
-_USUAL, _FULL = 5, 200
+_USUAL, _FULL = 3, 200
 _TWICE = 0.3
 """How often a second kill follows."""
-_FIRST, _SECOND = 1.2, 0.6
-"""Seconds: within which the first one comes after the guest has been started, and the second one
-after that."""
+_SECOND = 0.6
+"""Seconds within which it does."""
+
+Since: TypeAlias = Literal["start", "run", "end"]
+_FIRST: dict[Since, tuple[float, float]] = {
+    "start": (0.15, 0.5),
+    "run": (0.7, 0.9),
+    "end": (0.15, 0.05),
+}
+"""What the first kill follows -> how often, and within how many seconds: all the time that a guest
+takes to its switchover, to its end, and to be gone."""
+
+
+@dataclass(frozen=True)
+class _Instant:
+    since: Since | None
+    """None for the kill before it."""
+    seconds: float
+    victim: Victim
 
 
 def test_a_migration_completes_whenever_its_daemon_is_killed(
@@ -26,24 +48,37 @@ def test_a_migration_completes_whenever_its_daemon_is_killed(
     numbers = sampling.numbers("crash instants")
     failures = []
     for number in range(sampling.count(_USUAL, _FULL)):
-        kills = [(numbers.uniform(0, _FIRST), numbers.choice(VICTIMS))]
-        if numbers.random() < _TWICE:
-            kills.append((numbers.uniform(0, _SECOND), numbers.choice(VICTIMS)))
+        instants = _drawn(numbers)
         kind = numbers.choice(KINDS)
         directory = tmp_path / str(number)
         directory.mkdir()
-        victims = kills[0][1] if len(kills) == 1 else "one after the other"
-        outcomes = tally(f"crash instants, {victims} killed")
+        outcomes = tally_of(tally, "crash instants", [instant.victim for instant in instants])
         try:
-            outcomes.pauses.append(migrate(directory, kind, {}, partial(_kill, kills)))
-            outcomes.outcomes["ok"] += 1
+            course = migrate(directory, kind, (), partial(_kill, instants), SLOW)
+            assert_whom(course.kills[0], instants[0].victim)  # the second may find nobody yet
+            note(course, outcomes)
         except AssertionError as error:
-            failures.append(f"{number}, {kind}, {kills}: {error}")
+            failures.append(f"{number}, {kind}, {instants}: {error}")
             outcomes.outcomes["failed"] += 1
     assert not failures, "\n\n".join(failures)
 
 
-def _kill(kills: list[tuple[float, Victim]], daemon: RunningDaemon) -> None:
-    for seconds, victim in kills:
-        time.sleep(seconds)
-        kill(daemon, victim)
+def _drawn(numbers: random.Random) -> list[_Instant]:
+    (since,) = numbers.choices(list(_FIRST), [weight for weight, _ in _FIRST.values()])
+    _, within = _FIRST[since]
+    instants = [_Instant(since, numbers.uniform(0, within), numbers.choice(VICTIMS))]
+    if numbers.random() < _TWICE:
+        instants.append(_Instant(None, numbers.uniform(0, _SECOND), numbers.choice(VICTIMS)))
+    return instants
+
+
+def _kill(instants: list[_Instant], daemon: RunningDaemon, moments: Moments) -> list[Kill]:
+    kills = []
+    for instant in instants:
+        if instant.since == "run":
+            assert moments.ran.wait(LIMIT)
+        elif instant.since == "end":
+            assert moments.ended.wait(LIMIT)
+        time.sleep(instant.seconds)
+        kills.append(from_outside(daemon.process.pid, instant.victim))
+    return kills

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.crash_points import Case, cases
+from tests.torture.course import note, tally_of
+from tests.torture.crash_points import cases
 from tests.torture.crashing import migrate
-from tests.torture.kills import VICTIMS, Victim, arm, happened
 from tests.torture.sampling import Sampling, Tally
+from tests.torture.victims import VICTIMS, Victim
 
 _USUAL = 3
 """Cases of each victim in a usual run."""
@@ -23,25 +24,18 @@ def test_a_migration_completes_whatever_step_its_daemon_is_killed_at(
     all_cases = list(cases(victim))
     numbers = sampling.numbers(f"crash points {victim}")
     failures = []
-    outcomes = tally(f"crash points, {victim} killed")
     for number, case in enumerate(
         numbers.sample(all_cases, sampling.count(_USUAL, len(all_cases)))
     ):
         directory = tmp_path / str(number)
         directory.mkdir()
+        outcomes = tally_of(tally, "crash points", [victim for _, victim in case.kills])
         try:
-            outcomes.pauses.append(_kill_at(directory, case))
-            outcomes.outcomes["ok"] += 1
+            note(migrate(directory, case.kind, case.kills), outcomes)
         except AssertionError as error:
             failures.append(f"{case.name}: {error}")
             outcomes.outcomes["failed"] += 1
     assert not failures, "\n\n".join(failures)
-
-
-def _kill_at(directory: Path, case: Case) -> float:
-    longest = migrate(directory, case.kind, arm(directory, case.kills))
-    assert happened(directory) == len(case.kills), "the point was never reached"
-    return longest
 
 
 def test_every_point_is_there() -> None:

@@ -4,7 +4,7 @@ Python imports this module at its start where it is found first, so each process
 has this directory on its PYTHONPATH does. The variable POSTCOPYD_KILLS names a file with what is to
 happen (`tests/torture/kills.py` writes it): kills, each of which is armed when the one before has
 happened, and happens once over all processes. A kill replaces a function of the daemon by one that
-counts its calls.
+counts its calls. Before it kills it leaves a file that names whom, and when.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import importlib.util
 import inspect
 import json
 import os
-import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.torture import victims
 
 MODULES = {
     "postcopyd.daemon.worker": "worker",
@@ -32,16 +35,17 @@ MODULES = {
 class Kill:
     """One kill of the file, in one process."""
 
-    def __init__(self, directory: Path, number: int, description: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, description: dict[str, Any]) -> None:
         self.target: str = description["target"]
         self._when: str = description["when"]
         self._count: int = description["count"]
         self._mentions: str = description["mentions"]
         self._called_by: str = description["called_by"]
-        self._victim: str = description["victim"]
+        self._victim: victims.Victim | None = description["victim"]
         self._role: str = description["process"]
-        self._done = directory / f"killed-{number}"
-        self._armed_by = directory / f"killed-{number - 1}" if number else None
+        self._done = directory / description["marker"]
+        after: str | None = description["after"]
+        self._armed_by = None if after is None else directory / after
         self._calls = 0
 
     def reached(self, when: str, arguments: object) -> None:
@@ -62,19 +66,23 @@ class Kill:
             self._happen()
 
     def _happen(self) -> None:
-        try:
-            os.close(os.open(self._done, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return
-        own, parent = os.getpid(), os.getppid()
+        named = self._named()
+        kill = victims.Kill(time.monotonic(), tuple(named))
+        if _claim(self._done, json.dumps(asdict(kill))):
+            victims.kill(named)
+
+    def _named(self) -> list[victims.Process]:
+        """Whom it kills; of a mere step that is nobody."""
+        if self._victim is None:
+            return []
+        own = os.getpid()
         if self._role == "worker":
-            victims = {"worker": [own], "supervisor": [parent], "both": [parent, own]}
-            assert _role_of(parent) in ("supervisor", None)
+            supervisor, worker = victims.supervisor(os.getppid()), [victims.ourselves()]
         else:
-            victims = {"worker": [_worker()], "supervisor": [own], "both": [_worker(), own]}
-        for victim in victims.get(self._victim, ()):  # of a mere step there is none
-            if _role_of(victim) is not None:
-                os.kill(victim, signal.SIGKILL)
+            supervisor, worker = victims.supervisor(own), victims.worker(own)
+        # Who kills itself comes last.
+        both = [*supervisor, *worker] if self._role == "worker" else [*worker, *supervisor]
+        return {"worker": worker, "supervisor": supervisor, "both": both}[self._victim]
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return what does the same as `function` and tells of each call."""
@@ -122,27 +130,17 @@ class Kill:
             setattr(owner, name, self.wrap(found))
 
 
-def _command(process: int) -> list[str]:
-    return Path(f"/proc/{process}/cmdline").read_text().split("\0")
-
-
-def _role_of(process: int) -> str | None:
-    """What a process is; None for one that has gone or is none of ours."""
+def _claim(path: Path, content: str) -> bool:
+    """Leave a file, whole or not at all; tell whether nobody else has."""
+    draft = path.with_name(f"draft-{path.name}-{os.getpid()}")
+    draft.write_text(content)
     try:
-        words = _command(process)
-        name = Path(f"/proc/{process}/comm").read_text()
-    except OSError:
-        return None
-    if name.startswith("postcopyd-"):  # it may be a copy of the supervisor
-        return "worker"
-    return next((role for module, role in MODULES.items() if module in words), None)
-
-
-def _worker() -> int:
-    """The oldest child that lives: the one that does, or is about to do, the daemon's work."""
-    own = os.getpid()
-    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
-    return next((int(child) for child in children if _role_of(int(child)) == "worker"), 0)
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
+    return True
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -181,10 +179,7 @@ def _become(role: str) -> None:
 
 
 def _begin(file: Path) -> None:
-    kills = [
-        Kill(file.parent, number, description)
-        for number, description in enumerate(json.loads(file.read_text()))
-    ]
+    kills = [Kill(file.parent, description) for description in json.loads(file.read_text())]
     for kill in kills:
         module = kill.target.partition(":")[0]
         if module in sys.modules:
