@@ -16,7 +16,8 @@ from tests.daemon.named_source import ALLOWED, VM, NamedSource, named_source
 from tests.daemon.whole_migration import DEVICE_STATE, Guest, Image, running_guest
 from tests.holding_relay import HoldingRelay
 from tests.support import LIMIT, wait_until
-from tests.torture.kills import Point, Victim, arm, happened
+from tests.torture.kills import Point, arm, happened
+from tests.torture.victims import Victim
 
 HALF = 1 << 20
 """Bytes of the stream, of six times as many, that come before the kill."""
