@@ -1,8 +1,9 @@
 """Poisoning: what will never come becomes a memory error for whoever touches it, and never zeros.
 
 UFFDIO_POISON (Linux 6.6) leaves a mark where the page would be; an access to it is a SIGBUS with
-BUS_MCEERR_AR, as for memory that the hardware has lost, which KVM hands on to its guest. Whatever
-the kernel answers, it is answered here, as in `placing.py`.
+BUS_MCEERR_AR, as for memory that the hardware has lost, which a QEMU under KVM hands on to its
+guest; with BUS_ADRERR where the kernel has no CONFIG_MEMORY_FAILURE. Whatever the kernel answers,
+it is answered here, as in `placing.py`.
 """
 
 from __future__ import annotations

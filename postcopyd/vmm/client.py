@@ -95,7 +95,8 @@ class Destination:
         """True when no more memory comes."""
         self.missing = 0
         """Bytes that never came, because an operator has given them up: an access to them is a
-        SIGBUS with BUS_MCEERR_AR. Known when it is completed."""
+        SIGBUS, with BUS_MCEERR_AR where the kernel has CONFIG_MEMORY_FAILURE. Known when it is
+        completed."""
         self.user_mode_only: bool
         """True where this process has no right to more: what the kernel itself does with missing
         memory, such as a read(2) into it, fails with EFAULT instead of waiting."""

@@ -20,10 +20,12 @@ from postcopyd.vmm.checks import HandoffRefused, check_blocks, prove_mapped
 from postcopyd.vmm.qemu_facts import QemuFacts
 from postcopyd.vmm.qemu_feed import Feed, FeedFailure, FeedRefused, offer_feed, withdraw_feed
 from postcopyd.vmm.qemu_memory import FoundMemory, find_memory
-from postcopyd.vmm.qemu_monitor import MonitorFailure, QemuMonitor
+from postcopyd.vmm.qemu_monitor import MonitorFailure, MonitorSilent, QemuMonitor
 
 _KEEPS_PROCESS: Final = (9, 1, 0)
 """Since when migrate-incoming has exit-on-error."""
+_LOADS: Final = ("setup", "active")
+"""States of a migration that may still be loaded."""
 _LAST_WORDS: Final = 5.0
 """Seconds for QEMU to say why it has rejected what it was fed, or to exit."""
 _LOOK: Final = 0.001
@@ -190,16 +192,28 @@ class QemuVmm:
                 feed.close()
 
     async def _see_whether_it_was_fed(self) -> None:
-        """Return if QEMU has loaded what a predecessor of this process has fed it.
+        """Return when QEMU has loaded what a predecessor of this process has fed it.
 
-        :raise VmmFailure: if not: the feed ended with the predecessor, in the middle.
+        If it was fed everything it becomes the guest, and it may wait for memory, and not answer,
+        until the source is back. So it counts as lost only when it cannot load any more.
+
+        :raise VmmFailure: if so: the feed ended with the predecessor, in the middle.
         """
+        pause = _LOOK
         try:
-            status = await self._status()
+            while True:
+                with contextlib.suppress(MonitorSilent):
+                    monitor = await self._monitor()
+                    incoming = await monitor.execute("query-migrate", within=None)
+                    if (await self._status())["status"] != "inmigrate":
+                        return
+                    if incoming.get("status") not in _LOADS:
+                        break
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_LOOK)
         except MonitorFailure as error:
             raise VmmFailure(f"postcopyd was killed while it fed QEMU: {error}") from error
-        if status["status"] == "inmigrate":
-            raise VmmFailure("postcopyd was killed while it fed QEMU")
+        raise VmmFailure("postcopyd was killed while it fed QEMU")
 
     async def _monitor(self) -> QemuMonitor:
         if self._session is None:

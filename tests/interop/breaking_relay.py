@@ -22,6 +22,9 @@ class BreakingRelay:
         """How often it has cut."""
         self._cut_at: int | None = None
         self._cut_last = False
+        self.answers = asyncio.Event()
+        """What the destination says waits until this is set, as it is at first."""
+        self.answers.set()
 
     @property
     def uri(self) -> str:
@@ -84,6 +87,8 @@ class BreakingRelay:
     ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(1 << 16):
+                if not forward:
+                    await self.answers.wait()
                 writer.write(data)
                 await writer.drain()
                 if forward:

@@ -1,0 +1,110 @@
+"""A QEMU that was being fed when postcopyd was killed: is it the guest, or will it never be?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from postcopyd.incoming.vmm import DeviceLoad, VmmFailure
+from postcopyd.kernel.processes import pidfd_open
+from postcopyd.vmm.qemu import QemuVmm
+from postcopyd.vmm.qemu_memory import FoundMemory
+from tests.support import LIMIT
+
+SOON = 0.2
+"""Seconds for an answer that does not come."""
+COMMAND = 4096
+"""Bytes; a command is shorter, and comes in one piece."""
+GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}}, "capabilities": []}}
+LOAD = cast(DeviceLoad, None)  # a predecessor has fed it
+
+
+@pytest.fixture
+async def vmm(tmp_path: Path) -> AsyncIterator[QemuVmm]:
+    """What a successor has of a QEMU; its process is this one."""
+    pidfd = pidfd_open(os.getpid())
+    process: Any = SimpleNamespace(pidfd=pidfd, userfaultfd=None, close=lambda: os.close(pidfd))
+    vmm = QemuVmm(
+        cast(Any, None), str(tmp_path / "qmp"), SOON, process, FoundMemory((), ()), ExitStack()
+    )
+    yield vmm
+    vmm.close()
+
+
+@contextlib.asynccontextmanager
+async def monitor(path: Path, silent: int, answers: list[tuple[str, str]]) -> AsyncIterator[None]:
+    """A monitor that first says nothing to so many clients, and then how it stands.
+
+    :param answers: the status of the migration and of the machine; the last one for ever.
+    """
+    left = silent
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal left
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            if left:
+                left -= 1
+                await reader.read()
+                return
+            writer.write(json.dumps(GREETING).encode() + b"\n")
+            while command := await reader.read(COMMAND):
+                request = json.loads(command)
+                migration, machine = answers[0]
+                told: dict[str, object] = {}
+                if request["execute"] == "query-migrate":
+                    told = {"status": migration} if migration else {}
+                elif request["execute"] == "query-status":
+                    told = {"status": machine}
+                    del answers[: len(answers) > 1]
+                answer = {"return": told} | {key: request[key] for key in request if key == "id"}
+                writer.write(json.dumps(answer).encode() + b"\n")
+
+    server = await asyncio.start_unix_server(serve, path)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+async def test_a_qemu_that_does_not_answer_for_a_while_is_the_guest_when_it_runs(
+    vmm: QemuVmm, tmp_path: Path
+) -> None:
+    async with monitor(tmp_path / "qmp", 2, [("completed", "running")]):
+        await asyncio.wait_for(vmm.run(LOAD), LIMIT)
+        await vmm._close_monitor()
+
+
+@pytest.mark.parametrize("machine", ["running", "paused"])
+async def test_a_qemu_that_still_loads_is_waited_for(
+    vmm: QemuVmm, tmp_path: Path, machine: str
+) -> None:
+    answers = [("setup", "inmigrate"), ("active", "inmigrate"), ("active", machine)]
+    async with monitor(tmp_path / "qmp", 0, answers):
+        await asyncio.wait_for(vmm.run(LOAD), LIMIT)
+        await vmm._close_monitor()
+    assert answers == [("active", machine)]
+
+
+@pytest.mark.parametrize("migration", ["failed", ""])
+async def test_a_qemu_that_loads_no_more_is_of_no_use(
+    vmm: QemuVmm, tmp_path: Path, migration: str
+) -> None:
+    answers = [("active", "inmigrate"), (migration, "inmigrate")]
+    async with monitor(tmp_path / "qmp", 0, answers):
+        with pytest.raises(VmmFailure, match="was killed while it fed QEMU"):
+            await asyncio.wait_for(vmm.run(LOAD), LIMIT)
+        await vmm._close_monitor()
+
+
+async def test_a_qemu_whose_monitor_has_gone_is_of_no_use(vmm: QemuVmm) -> None:
+    with pytest.raises(VmmFailure, match="was killed while it fed QEMU"):
+        await asyncio.wait_for(vmm.run(LOAD), LIMIT)
