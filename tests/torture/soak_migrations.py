@@ -70,7 +70,9 @@ class Migrations:
             async with asyncio.timeout(_PATIENCE):
                 outcome = await self._migrate(name, fate)
         except Exception as error:
-            self._result.wrong.append(f"{name}, to be {fate}: {type(error).__name__}: {error}")
+            notes = "; ".join(getattr(error.__cause__ or error, "__notes__", ()))
+            what = f"{type(error).__name__}: {error}"
+            self._result.wrong.append(f"{name}, to be {fate}: {what} ({notes})")
         else:
             self._result.outcomes[outcome] += 1
 
@@ -87,7 +89,11 @@ class Migrations:
                 if tls:
                     one.options = self._tls_options()
                     one.without_certificate = client_context(self._authority, None)
-                outcome = await one.meet(fate)
+                try:
+                    outcome = await one.meet(fate)
+                except BaseException as error:
+                    error.add_note(one.standing())
+                    raise
                 if tls:
                     self._result.checks["went over TLS"] += 1
                 return outcome
@@ -135,8 +141,20 @@ class _One:
         self.port = 0
         self.options: tuple[str, ...] = ()
         """Of its source."""
+        self._relay: FaultyRelay | None = None
+        self._source: subprocess.Popen[str] | None = None
         self.without_certificate: ssl.SSLContext | None = None
         """With which a stranger speaks TLS; None where there is none."""
+
+    def standing(self) -> str:
+        """Tell how it stands, for who has to find out what is wrong."""
+        happened = self._relay.happened if self._relay is not None else []
+        source = self._source.poll() if self._source is not None else None
+        return (
+            f"{'TLS' if self.options else 'plain'}, {self._kind}, {happened}, "
+            f"the source {'lives' if source is None else f'has ended with {source}'}, the guest "
+            f"{'lives' if self._guest.process.poll() is None else 'has ended'}"
+        )
 
     async def says(self) -> dict[str, Any]:
         """The next thing that its guest tells."""
@@ -163,6 +181,7 @@ class _One:
             faults, partial(connect_from, None, LOOPBACK), ends_with_destination=True
         )
         relay.lead_to(self.port)
+        self._relay = relay
         strangers = asyncio.create_task(self._strangers())
         try:
             async with relay.listening(server_on(None)):
@@ -323,6 +342,7 @@ class _One:
             *self.options,
             *more,
         )
+        self._source = source
         with source:
             try:
                 yield source
