@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from postcopyd.cli.output import console, print_json
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     report = check_host()
     if arguments.json:
-        print_json(asdict(report))
+        print_json(msgspec.to_builtins(report))
     else:
         print_report(report)
     return 0 if report.can_postcopy else 1

@@ -15,9 +15,11 @@ import os
 import random
 import sys
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
+
+import msgspec
 
 from postcopyd.cli.demo_image import PAGE
 from postcopyd.incoming.report import Histogram, LatencyReport
@@ -104,7 +106,7 @@ def main() -> int:
         say(
             checked=sum(result.checked for result in results),
             wrong=wrong,
-            waits=asdict(LatencyReport.of(waits)),
+            waits=msgspec.to_builtins(LatencyReport.of(waits)),
             device_state=hashlib.sha256(device_state).hexdigest(),
             sha256={block.name: hashlib.sha256(block.view).hexdigest() for block in blocks},
         )

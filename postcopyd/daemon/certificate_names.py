@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 _SHORT: Final = {
     "commonName": "CN",
@@ -26,8 +27,7 @@ _RDN: Final = re.compile(r"(?:[^\\,]|\\.)+", re.DOTALL)
 _RDN_PATTERN: Final = re.compile(r"[A-Za-z0-9.-]+=", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class CertificateName:
+class CertificateName(msgspec.Struct, frozen=True):
     """Whose certificate it is."""
 
     subject: str

@@ -10,7 +10,6 @@ import difflib
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -21,8 +20,7 @@ Key = tuple[str | int, ...]
 _POSITION: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True):
     """One mistake."""
 
     line: int | None
@@ -45,8 +43,7 @@ class ConfigurationError(Exception):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """Stands in a setting's annotation: what must hold beyond the type."""
 
     function: Callable[[Any], None]

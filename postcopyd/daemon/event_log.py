@@ -6,8 +6,9 @@ whatever becomes of the wording, so that a program can look for them. postcopyd(
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Final, NamedTuple
+
+import msgspec
 
 from postcopyd.daemon.logging import get_logger
 from postcopyd.incoming import events
@@ -136,7 +137,7 @@ MESSAGE_IDS: Final = frozenset(
 def log_event(migration: str, event: events.Event) -> None:
     """Log what the engine tells of a migration."""
     kind = _KINDS[type(event)]
-    fields = asdict(event)
+    fields = msgspec.structs.asdict(event)
     if isinstance(event, events.StateChanged):
         fields = {"old": event.old.value, "new": event.new.value}
     level = kind.level

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from postcopyd.daemon.event_log import log_network_unwatched
 from postcopyd.incoming.path import StreamPath
@@ -23,8 +24,7 @@ _ANOTHER_TRY: Final = 5.0
 """Seconds until a look is tried again that the kernel has not let us have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(msgspec.Struct, frozen=True):
     """Why the network does not carry a stream."""
 
     reason: str
@@ -32,8 +32,7 @@ class Loss:
     """True when the stream cannot go on, whatever comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Carrier:
+class Carrier(msgspec.Struct, frozen=True):
     """What carries a stream, as it was when it last was seen to work."""
 
     link: Link
@@ -65,7 +64,7 @@ def look(
     link = network.link(carrier.link.index if index is None else index)
     if link is None:
         return carrier, Loss(f"link {carrier.link.name} has been removed", True)
-    carrier = replace(carrier, link=link)
+    carrier = msgspec.structs.replace(carrier, link=link)
     if not link.up:
         # Such a link loses its routes, and its IPv6 addresses; that is not told beside.
         return carrier, Loss(f"link {link.name} is down", False)

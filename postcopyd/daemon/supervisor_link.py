@@ -8,8 +8,9 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias, TypeVar
+
+import msgspec
 
 from postcopyd.daemon import channel
 from postcopyd.daemon.channel import Channel
@@ -30,8 +31,7 @@ _PATIENCE: Final = 5.0
 """Seconds for the service manager to take what it is to keep: guests wait meanwhile."""
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
+class Orders(msgspec.Struct, frozen=True):
     """What a worker does when the supervisor says so."""
 
     stop: Callable[[], None]

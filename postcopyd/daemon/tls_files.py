@@ -6,9 +6,10 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
+
+import msgspec
 
 from postcopyd.daemon.config_problems import ConfigurationError, Lines, Problem
 
@@ -38,8 +39,7 @@ class TlsFilesError(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
+class TlsFiles(msgspec.Struct, frozen=True):
     """The files as they were when they were read."""
 
     context: ssl.SSLContext

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadReport:
+class ThreadReport(msgspec.Struct, frozen=True):
     """One thread of the VMM, such as a vCPU."""
 
     name: str
@@ -20,8 +20,7 @@ class ThreadReport:
     """How long at most, seconds."""
 
 
-@dataclass(slots=True)
-class _Account:
+class _Account(msgspec.Struct):
     faults: int = 0
     total: int = 0
     longest: int = 0

@@ -5,21 +5,19 @@ Nothing here is said per page or per fault; those are counted (`report.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from postcopyd.incoming.states import State
 
 
-@dataclass(frozen=True, slots=True)
-class StateChanged:
+class StateChanged(msgspec.Struct, frozen=True):
     """The migration took a step."""
 
     old: State
     new: State
 
 
-@dataclass(frozen=True, slots=True)
-class VmmAttached:
+class VmmAttached(msgspec.Struct, frozen=True):
     """A VMM has handed over its memory."""
 
     description: str
@@ -29,57 +27,49 @@ class VmmAttached:
     """Bytes of all blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamAttached:
+class StreamAttached(msgspec.Struct, frozen=True):
     """A source has connected."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class StreamDropped:
+class StreamDropped(msgspec.Struct, frozen=True):
     """A source went away before its first byte; the migration waits for another."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class PreemptAttached:
+class PreemptAttached(msgspec.Struct, frozen=True):
     """The source has opened its preempt channel: urgent pages come on a connection of their own."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionRefused:
+class ConnectionRefused(msgspec.Struct, frozen=True):
     """A further connection was closed; the migration does not mind."""
 
     peer: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Converged:
+class Converged(msgspec.Struct, frozen=True):
     """The pre-copy ends without a switchover: all memory is here before the guest runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackageReceived:
+class PackageReceived(msgspec.Struct, frozen=True):
     """The device package is here whole: from now on there is no way back for the source."""
 
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceStateLoaded:
+class DeviceStateLoaded(msgspec.Struct, frozen=True):
     """The VMM has loaded its device state and runs."""
 
     seconds: float
     """From the source's first word of the switchover to the VMM's answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRemoved:
+class MemoryRemoved(msgspec.Struct, frozen=True):
     """The VMM gave memory back for the first time; such pages read as zeros from now on."""
 
     block: str
@@ -87,34 +77,29 @@ class MemoryRemoved:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class PathLost:
+class PathLost(msgspec.Struct, frozen=True):
     """The network does not carry the stream any more, which breaks unless that changes soon."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class PathBack:
+class PathBack(msgspec.Struct, frozen=True):
     """The network would carry the stream again."""
 
 
-@dataclass(frozen=True, slots=True)
-class VmmLost:
+class VmmLost(msgspec.Struct, frozen=True):
     """The VMM has not loaded its devices: everything is kept for another that takes its place."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Paused:
+class Paused(msgspec.Struct, frozen=True):
     """The stream is lost after the package: what is here goes on working, faults wait."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Stalled:
+class Stalled(msgspec.Struct, frozen=True):
     """Nothing comes any more of memory that is missing, or not what a fault waits for.
 
     Told again when it has lasted twice as long.
@@ -126,16 +111,14 @@ class Stalled:
     """Host pages that faults wait for."""
 
 
-@dataclass(frozen=True, slots=True)
-class StallOver:
+class StallOver(msgspec.Struct, frozen=True):
     """Memory has come again, and no fault has waited for long."""
 
     seconds: float
     """How long it was stalled."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed:
+class Resumed(msgspec.Struct, frozen=True):
     """The source is back and goes on: what is outstanding has been asked for again."""
 
     peer: str
@@ -143,8 +126,7 @@ class Resumed:
     """Host pages that faults wait for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(msgspec.Struct, frozen=True):
     """Another process was killed, and this one goes on in its place."""
 
     state: str
@@ -152,15 +134,13 @@ class Restored:
     """Host pages that are not here."""
 
 
-@dataclass(frozen=True, slots=True)
-class NotNoted:
+class NotNoted(msgspec.Struct, frozen=True):
     """The journal could not be written: a successor would go on from an older state."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True):
     """All memory is here."""
 
     pages: int
@@ -171,8 +151,7 @@ class Completed:
     """From the source's first word of the switchover to the last page."""
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
+class Abandoned(msgspec.Struct, frozen=True):
     """What has not come never will: the guest gets memory errors there, and keeps the rest."""
 
     pages: int
@@ -181,8 +160,7 @@ class Abandoned:
     """Bytes of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The migration has ended without all memory."""
 
     reason: str

@@ -7,7 +7,8 @@ number or a configuration file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from postcopyd.incoming import host_trials as trials
 from postcopyd.incoming.trial_memory import Missing
@@ -15,8 +16,7 @@ from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.kernel.userfaultfd import Feature, UserfaultfdUnavailable
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One thing that this host has or has not."""
 
     key: str
@@ -34,8 +34,7 @@ class Finding:
     """What was seen, in figures or in the kernel's words."""
 
 
-@dataclass(frozen=True, slots=True)
-class HostReport:
+class HostReport(msgspec.Struct, frozen=True):
     """What the host check has found, in the order of its trials."""
 
     findings: tuple[Finding, ...]
@@ -43,8 +42,7 @@ class HostReport:
     """Whether everything that is required is available."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Check:
+class _Check(msgspec.Struct, frozen=True):
     key: str
     title: str
     why: str

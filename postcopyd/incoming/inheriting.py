@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import msgspec
 
@@ -22,8 +21,7 @@ WATCHES_MEMORY = PREFIX + USERFAULTFD
 """The name in an estate that is there if a VMM was: its guest waits as long as that is held."""
 
 
-@dataclass(frozen=True, slots=True)
-class InheritedVmm:
+class InheritedVmm(msgspec.Struct, frozen=True):
     """What a predecessor has left of its VMM."""
 
     kind: str

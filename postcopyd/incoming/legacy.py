@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from postcopyd.incoming import inheriting
 from postcopyd.incoming.estate import Estate
@@ -16,8 +17,7 @@ from postcopyd.incoming.vmm import Vmm, VmmFailure
 _STAYS_IN = (State.END, State.CONVERGED, State.ABANDONING, State.ABANDONED)
 
 
-@dataclass(frozen=True)
-class Legacy:
+class Legacy(msgspec.Struct, frozen=True):
     """What a predecessor knew of its migration, and the VMM that it had."""
 
     record: MigrationRecord

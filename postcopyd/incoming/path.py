@@ -6,14 +6,14 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+
+import msgspec
 
 IpAddress = IPv4Address | IPv6Address
 
 
-@dataclass(frozen=True, slots=True)
-class StreamPath:
+class StreamPath(msgspec.Struct, frozen=True):
     """Between which addresses a TCP stream goes."""
 
     here: IpAddress

@@ -23,9 +23,9 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
 from time import perf_counter_ns
 
+import msgspec
 from bitarray import bitarray
 
 from postcopyd.incoming.blocktime import Blocktime
@@ -45,8 +45,7 @@ class VmmGone(Exception):
     """The process whose memory is being filled has exited."""
 
 
-@dataclass(slots=True)
-class _Run:
+class _Run(msgspec.Struct):
     """Pages that are contiguous in the block and, unless zero, in this process."""
 
     block: RamBlock

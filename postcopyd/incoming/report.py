@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field, fields
 from typing import Final
+
+import msgspec
 
 from postcopyd.incoming.blocktime import ThreadReport
 
@@ -82,8 +83,7 @@ def _upper_edge(place: int) -> int:
     return (1 << exponent) + (step << exponent - _SUB_BITS)
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(msgspec.Struct):
     """Counted in place while the migration runs. Pages are host pages."""
 
     faults: int = 0
@@ -109,12 +109,11 @@ class Counters:
 
     def take_over(self, other: Counters) -> None:
         """Go on from what a predecessor has counted."""
-        for counter in fields(self):
-            setattr(self, counter.name, getattr(other, counter.name))
+        for counter in self.__struct_fields__:
+            setattr(self, counter, getattr(other, counter))
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyReport:
+class LatencyReport(msgspec.Struct, frozen=True):
     """How long faults waited, from reading the fault to placing the page. Microseconds."""
 
     count: int
@@ -140,8 +139,7 @@ class LatencyReport:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class BlockReport:
+class BlockReport(msgspec.Struct, frozen=True):
     """One RAM block."""
 
     name: str
@@ -153,8 +151,7 @@ class BlockReport:
     """False for a block that the VMM gets with its device state."""
 
 
-@dataclass(frozen=True, slots=True)
-class MissingRange:
+class MissingRange(msgspec.Struct, frozen=True):
     """Memory that never came: an access to it is a memory error."""
 
     block: str
@@ -163,11 +160,10 @@ class MissingRange:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
+class Missing(msgspec.Struct, frozen=True):
     """All that never came, in short: a list of it may be hundreds of megabytes."""
 
-    first: list[MissingRange] = field(default_factory=list)
+    first: list[MissingRange] = msgspec.field(default_factory=list)
     """The first `MOST_RANGES`, in order."""
     ranges: int = 0
     """How many there are."""
@@ -175,8 +171,7 @@ class Missing:
     """Bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """A migration as it stands. All members are JSON values."""
 
     name: str
@@ -188,27 +183,29 @@ class Report:
     """Where the source is."""
     machine: str | None
     """Machine type, as the source's configuration says."""
-    blocks: list[BlockReport] = field(default_factory=list)
+    blocks: list[BlockReport] = msgspec.field(default_factory=list)
     length: int = 0
     """Bytes of all blocks."""
     received: int = 0
     """Bytes of them that are here."""
     package_length: int | None = None
-    counters: Counters = field(default_factory=Counters)
+    counters: Counters = msgspec.field(default_factory=Counters)
     bytes_received: int = 0
     """Bytes of the stream, headers included."""
     outstanding: int = 0
     """Pages that faults wait for now."""
     never_sent: int | None = None
     """Pages that the source never sent (they are zero there too); known at the end."""
-    fault_latency: LatencyReport = field(default_factory=lambda: LatencyReport.of(Histogram()))
+    fault_latency: LatencyReport = msgspec.field(
+        default_factory=lambda: LatencyReport.of(Histogram())
+    )
     network: str | None = None
     """What is wrong with the network path to the source; None if nothing is known to be."""
     stalled_seconds: float | None = None
     """How long nothing has come though memory is missing; None while there is no alarm."""
     preempt: str | None = None
     """Where its preempt channel comes from; None if it has none."""
-    threads: list[ThreadReport] = field(default_factory=list)
+    threads: list[ThreadReport] = msgspec.field(default_factory=list)
     """How long each thread of the VMM was blocked, where they can be told apart."""
     downtime_seconds: float | None = None
     """From the source's first word of the switchover to the VMM's that it runs."""
@@ -216,7 +213,7 @@ class Report:
     """From the source's first word of the switchover to the last page."""
     guest_lost: bool = False
     """True when it has failed and its source could not take the guest back any more."""
-    missing: list[MissingRange] = field(default_factory=list)
+    missing: list[MissingRange] = msgspec.field(default_factory=list)
     """Of a migration that was abandoned: the first `MOST_RANGES` that never came, in order."""
     missing_ranges: int = 0
     """How many ranges never came."""

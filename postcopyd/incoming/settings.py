@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True):
     """Limits and deadlines of one incoming migration. Times are seconds, sizes bytes."""
 
     package_limit: int = 16 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from time import perf_counter
 
 from postcopyd.incoming import source_record
@@ -141,7 +141,7 @@ class Standing:
             loaded_at=recipient.loaded_at,
             all_came=self._arrival.complete,
             bytes_received=self.bytes_received,
-            counters=replace(self._counters),
+            counters=copy(self._counters),
         )
 
     def settle(self, stalled_seconds: float | None, network: str | None) -> None:
@@ -171,7 +171,7 @@ class Standing:
             length=sum(block.length for block in blocks),
             received=sum(block.received * block.page_size for block in blocks),
             package_length=len(package) if package is not None else None,
-            counters=replace(self._counters),
+            counters=copy(self._counters),
             bytes_received=self.bytes_received,
             outstanding=recipient.waiting,
             never_sent=self.never_sent,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from postcopyd.kernel.userfaultfd import Userfaultfd
 
 
-@dataclass(frozen=True, slots=True)
-class HandedBlock:
+class HandedBlock(msgspec.Struct, frozen=True):
     """One RAM block as the VMM handed it over."""
 
     name: str
@@ -32,8 +32,7 @@ class HandedBlock:
     """Where in `memory_file` the block begins, bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class GuestMemory:
+class GuestMemory(msgspec.Struct, frozen=True):
     """The memory of one VMM and the userfaultfd that watches it. The `Vmm` owns the descriptors."""
 
     blocks: tuple[HandedBlock, ...]
@@ -55,8 +54,7 @@ class GuestMemory:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class FedBlock:
+class FedBlock(msgspec.Struct, frozen=True):
     """A RAM block that is not watched: its pages are collected and come with the device state."""
 
     name: str
@@ -66,8 +64,7 @@ class FedBlock:
     """The longest that it can become: the source's length may be anything up to it."""
 
 
-@dataclass(frozen=True, slots=True)
-class CollectedBlock:
+class CollectedBlock(msgspec.Struct, frozen=True):
     """The content of a block that is not watched."""
 
     name: str
@@ -77,8 +74,7 @@ class CollectedBlock:
     """All of it, `length` bytes; valid until the load is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceLoad:
+class DeviceLoad(msgspec.Struct, frozen=True):
     """What a VMM needs to become the guest."""
 
     configuration: bytes

@@ -17,9 +17,10 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from postcopyd.kernel import process_memory, ptrace
 from postcopyd.kernel.procfs import MappedRange, mappings
@@ -110,8 +111,7 @@ def _done(step: str) -> None:
         at_step(step)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Prepared(msgspec.Struct, frozen=True):
     """A thread whose frame is on its stack."""
 
     state: ThreadState

@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 
+import msgspec
 from pyroute2.netlink import NLM_F_REQUEST
 from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETROUTE
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
@@ -61,8 +61,7 @@ _ANSWER: Final = 1 << 16
 _ANSWER_LIMIT: Final = 10.0  # seconds; the kernel answers while it is asked
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(msgspec.Struct, frozen=True):
     """A network interface."""
 
     index: int

@@ -5,8 +5,9 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 _LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>\S{4}) (?P<offset>[0-9a-f]+) "
@@ -16,8 +17,7 @@ _TABLE_SIZE = re.compile(r"^FDSize:\s+(\d+)$", re.MULTILINE)
 _INNER_IDS = re.compile(r"^NSpid:\s+(.+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class MappedRange:
+class MappedRange(msgspec.Struct, frozen=True):
     """One line of /proc/PID/maps."""
 
     start: int
@@ -36,8 +36,7 @@ class MappedRange:
     """Its file, such as ``/memfd:ram (deleted)``, or a name such as ``[heap]``; may be empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenDescriptor:
+class OpenDescriptor(msgspec.Struct, frozen=True):
     """One entry of /proc/PID/fd."""
 
     number: int

@@ -14,7 +14,8 @@ import os
 import signal
 import struct
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 from postcopyd.kernel.system_calls import failure, last_errno, libc
 
@@ -49,8 +50,7 @@ _SHORTEST_PAUSE = 20e-6  # seconds
 _LONGEST_PAUSE = 2e-3
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """Why a traced thread has stopped. None of the two: it was interrupted, or its group stops."""
 
     signal: int

@@ -7,11 +7,11 @@ made and returned from, and the frame that rt_sigreturn(2) takes registers from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadState:
+class ThreadState(msgspec.Struct, frozen=True):
     """What a thread has beside its memory."""
 
     general: bytes
@@ -22,8 +22,7 @@ class ThreadState:
     """The signals that it blocks: bit 0 is signal 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gadgets:
+class Gadgets(msgspec.Struct, frozen=True):
     """Instructions that are in the process already, by address."""
 
     system_call: int
@@ -32,8 +31,7 @@ class Gadgets:
     """rt_sigreturn(2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(msgspec.Struct, frozen=True):
     """One architecture of processes. `general` is always what NT_PRSTATUS holds."""
 
     general_size: int

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 SHORTEST: Final = 2
 """Seconds after which a silent connection can be dead at the soonest: one for an answer to come."""
@@ -24,8 +25,7 @@ _INFO: Final = struct.Struct("=BxBB4x44xII")
 _TCP_CLOSE: Final = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """How the kernel sees a connection."""
 
     closed: bool

@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from bitarray import bitarray
 
 from postcopyd.outgoing.bandwidth import Bandwidth
@@ -51,8 +51,7 @@ class DestinationFailed(Exception):
     """The destination has said that it failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cargo:
+class Cargo(msgspec.Struct, frozen=True):
     """What goes over: the same on every connection."""
 
     image: MemoryImage

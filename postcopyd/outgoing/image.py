@@ -12,11 +12,11 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+import msgspec
 from bitarray import bitarray
 
 from postcopyd.wire.messages import BlockEntry
@@ -34,8 +34,7 @@ class ImageError(ValueError):
     """A file cannot be served as a RAM block; the text names the block and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockFile:
+class BlockFile(msgspec.Struct, frozen=True):
     """What a RAM block is made of."""
 
     name: str

@@ -6,9 +6,10 @@ Page contents are not copied: a batch holds views of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import Final, TypeAlias
+
+import msgspec
 
 from postcopyd.outgoing.report import Counts
 from postcopyd.wire.stream_format import TARGET_PAGE_SIZE
@@ -19,8 +20,7 @@ Batch: TypeAlias = list[Buffer]
 """Bytes to be sent, in this order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(msgspec.Struct, frozen=True):
     """In place of a batch: nothing may be sent for a while, unless something is asked for."""
 
     seconds: float

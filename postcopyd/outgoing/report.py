@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 
 class Phase(Enum):
@@ -30,8 +31,7 @@ class Phase(Enum):
     FAILED = "failed"
 
 
-@dataclass(slots=True)
-class Counts:
+class Counts(msgspec.Struct):
     """What has been done so far, updated in place. A target page has 4096 bytes."""
 
     pages: int = 0
@@ -52,8 +52,7 @@ class Counts:
     """Target pages that had been sent before a break and were to be sent once more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """A moment of an outgoing migration."""
 
     phase: Phase

@@ -10,9 +10,9 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from bitarray import bitarray
 
 from postcopyd.outgoing.attempt import Attempt, Cargo, DestinationFailed
@@ -40,8 +40,7 @@ _PACKAGED_HEADER: Final = 9
 """Bytes of the command PACKAGED in front of the package itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True):
     """How to migrate."""
 
     machine: str = "postcopyd-image"

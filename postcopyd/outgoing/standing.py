@@ -14,8 +14,9 @@ A source that comes back can begin anew or resume. At most one guest may ever ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 
 class Way(Enum):
@@ -27,8 +28,7 @@ class Way(Enum):
     """By asking what the destination has."""
 
 
-@dataclass(slots=True)
-class Standing:
+class Standing(msgspec.Struct):
     """What is known of the guest's way. Updated in place; only `all_sent` can be taken back."""
 
     guest_stopped: bool = False

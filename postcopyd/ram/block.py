@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class RamBlock:
+class RamBlock(msgspec.Struct, frozen=True):
     """One RAM block. Offsets in it are bytes from its start; pages are host pages, numbered from 0.
 
     :raise ValueError: if the sizes or the address are not whole host pages.

@@ -6,7 +6,7 @@ A 2 MiB page comes as 512 records, in ascending order and back to back on one co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from postcopyd.kernel.memory import Mapping
 
@@ -15,8 +15,7 @@ class HostPageInterrupted(Exception):
     """A record did not continue the host page that is being assembled."""
 
 
-@dataclass(slots=True)
-class _Progress:
+class _Progress(msgspec.Struct):
     start: int
     filled: int
     zero: bool

@@ -12,8 +12,9 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+
+import msgspec
 
 from postcopyd.incoming.vmm import GuestMemory, HandedBlock
 from postcopyd.kernel.userfaultfd import Userfaultfd
@@ -32,8 +33,7 @@ _MOST_UNANSWERED = 64  # connections that are looked at together; others wait in
 _ACCEPT_PAUSE = 1.0  # seconds, when there is no descriptor to accept with
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
+class Registration(msgspec.Struct, frozen=True):
     """What a VMM whose memory was accepted is told."""
 
     name: str

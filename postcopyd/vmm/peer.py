@@ -13,7 +13,8 @@ import pwd
 import socket
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from postcopyd.kernel import processes
 
@@ -25,8 +26,7 @@ _UCRED = struct.Struct("iII")
 _MOST_GROUPS = 256  # as many as fit what socket.getsockopt can return
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True):
     """The process that connected."""
 
     pid: int

@@ -6,8 +6,9 @@ Only questions are asked: nothing is changed in QEMU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import msgspec
 
 from postcopyd.incoming.vmm import FedBlock
 from postcopyd.kernel.procfs import threads_by_inner_id
@@ -32,8 +33,7 @@ _SPOILING: Final = {
 """Capabilities that change what QEMU expects on its incoming channel, and how."""
 
 
-@dataclass(frozen=True, slots=True)
-class QemuFacts:
+class QemuFacts(msgspec.Struct, frozen=True):
     """A QEMU that waits for its migration."""
 
     version: tuple[int, int, int]
@@ -187,4 +187,6 @@ async def _with_addresses(query: _Query, blocks: list[ListedBlock]) -> list[List
                 f"this QEMU does not tell where its RAM block {name!r} is: "
                 + ("the guest does not see it" if not addresses else "its parts do not agree")
             )
-    return [replace(block, address=found[block.name].copy().pop()) for block in blocks]
+    return [
+        msgspec.structs.replace(block, address=found[block.name].copy().pop()) for block in blocks
+    ]

@@ -9,9 +9,10 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
+
+import msgspec
 
 from postcopyd.incoming.vmm import HandedBlock
 from postcopyd.kernel import memory_file
@@ -29,8 +30,7 @@ Ranges = tuple[tuple[int, int], ...]
 """Address and length of each, bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class FoundMemory:
+class FoundMemory(msgspec.Struct, frozen=True):
     """The memory of one QEMU, as the engine takes it."""
 
     blocks: tuple[HandedBlock, ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -26,8 +27,7 @@ class UnknownText(ValueError):
     """A QEMU that prints something else than those that are known; the text quotes it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ListedBlock:
+class ListedBlock(msgspec.Struct, frozen=True):
     """A line of ``info ramblock``."""
 
     name: str
@@ -41,8 +41,7 @@ class ListedBlock:
     """Where it is mapped in the process; 7.2 does not tell."""
 
 
-@dataclass(frozen=True, slots=True)
-class MappedPart:
+class MappedPart(msgspec.Struct, frozen=True):
     """A piece of a RAM block that the guest has in its address space."""
 
     name: str

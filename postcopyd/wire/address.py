@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 _UNIX_PATH_LIMIT: Final = 107
 """Bytes that fit sun_path in front of its NUL (unix(7))."""
@@ -14,8 +15,7 @@ _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?\Z
 _FORMS: Final = "write tcp:HOST:PORT, tcp:[IPV6]:PORT or unix:PATH"
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """An address of a stream. `str()` gives the text that `parse` takes."""
 
     kind: Literal["tcp", "unix"]

@@ -8,12 +8,12 @@ inside their block and aligned. What it means in the migration's state is the en
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
+
+class Configuration(msgspec.Struct, frozen=True):
     """The source's machine: the first message of a new migration."""
 
     machine: str
@@ -27,21 +27,18 @@ class Configuration:
     """Stream header and configuration exactly as they were received."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenReturnPath:
+class OpenReturnPath(msgspec.Struct, frozen=True):
     """The source reads the other direction of the connection from now on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(msgspec.Struct, frozen=True):
     """To be answered with a PONG."""
 
     value: int
     """Unsigned, 32 bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Advise:
+class Advise(msgspec.Struct, frozen=True):
     """The migration may become a post-copy one."""
 
     page_sizes: int
@@ -50,8 +47,7 @@ class Advise:
     """Size of a page on the wire, a power of two."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockEntry:
+class BlockEntry(msgspec.Struct, frozen=True):
     """One RAM block of the source."""
 
     name: str
@@ -61,8 +57,7 @@ class BlockEntry:
     """Host page size that backs the block at the source."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockList:
+class BlockList(msgspec.Struct, frozen=True):
     """All RAM blocks of the source."""
 
     total: int
@@ -71,8 +66,7 @@ class BlockList:
     """In the source's order, which means nothing; no two have the same name."""
 
 
-@dataclass(slots=True)  # not frozen: that makes each of them three times as dear to make
-class Pages:
+class Pages(msgspec.Struct, frozen=True):
     """Page contents, in the order in which they came, all of one block.
 
     The payloads lie in the reader's memory: `address` and `data` are valid until the reader's
@@ -114,8 +108,7 @@ class Pages:
             yield Pages(self.block, offsets, self.address + start, self.stride, data)
 
 
-@dataclass(slots=True)  # not frozen: that makes each of them three times as dear to make
-class ZeroPages:
+class ZeroPages(msgspec.Struct, frozen=True):
     """Pages that are all zero, in the order in which they came, all of one block."""
 
     block: str
@@ -126,21 +119,18 @@ class ZeroPages:
         return len(self.offsets)
 
 
-@dataclass(frozen=True, slots=True)
-class RamSectionEnd:
+class RamSectionEnd(msgspec.Struct, frozen=True):
     """A section of the RAM is complete, its footer checked."""
 
     kind: Literal["start", "part", "end"]
     """After "end" no page follows."""
 
 
-@dataclass(frozen=True, slots=True)
-class SwitchoverStart:
+class SwitchoverStart(msgspec.Struct, frozen=True):
     """The source begins the switchover. For information: nothing depends on it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Discard:
+class Discard(msgspec.Struct, frozen=True):
     """What came for these ranges is stale: forget it."""
 
     block: str
@@ -148,45 +138,38 @@ class Discard:
     """(start, length), whole host pages of the source, inside the block, at least one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Package:
+class Package(msgspec.Struct, frozen=True):
     """The device package. `postcopyd.wire.package` takes it apart."""
 
     data: bytes
     """As it was received; it has the shape that `parse_package` asks for."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreemptEnd:
+class PreemptEnd(msgspec.Struct, frozen=True):
     """No page follows on the preempt channel."""
 
 
-@dataclass(frozen=True, slots=True)
-class PostcopyResume:
+class PostcopyResume(msgspec.Struct, frozen=True):
     """Recovery: the source has all bitmaps and waits for RESUME_ACK."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedBitmapRequest:
+class ReceivedBitmapRequest(msgspec.Struct, frozen=True):
     """Recovery: the source wants to know which pages of a block have been received."""
 
     block: str
 
 
-@dataclass(frozen=True, slots=True)
-class EndOfStream:
+class EndOfStream(msgspec.Struct, frozen=True):
     """The source has sent everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class VmDescription:
+class VmDescription(msgspec.Struct, frozen=True):
     """The description of the device state that may follow the end; it has been dropped."""
 
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceState:
+class DeviceState(msgspec.Struct, frozen=True):
     """A section that is not RAM began outside a package: a pre-copy that converged.
 
     Only the VMM can read what follows, so everything from the section's first byte on comes as
@@ -197,8 +180,7 @@ class DeviceState:
     """Number of the section's first byte on this connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class Opaque:
+class Opaque(msgspec.Struct, frozen=True):
     """Bytes behind `DeviceState`, in order."""
 
     data: memoryview

@@ -5,7 +5,7 @@ Device sections have no length and only a VMM can read them, so the package is c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from postcopyd.wire.errors import ProtocolError
 from postcopyd.wire.stream_format import Command, Section
@@ -18,8 +18,7 @@ _FOOTER_LENGTH = 5
 _COMMAND_NAMES = {command.value: command.name for command in Command}
 
 
-@dataclass(frozen=True, slots=True)
-class PackageContents:
+class PackageContents(msgspec.Struct, frozen=True):
     """What is in a device package."""
 
     device_state: bytes

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from postcopyd.wire.errors import ProtocolError, messages_then_error
 from postcopyd.wire.messages import BlockEntry
@@ -105,23 +106,20 @@ def _pack(layout: struct.Struct, *values: int) -> bytes:
 # -- messages ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Shut:
+class Shut(msgspec.Struct, frozen=True):
     """The destination has ended."""
 
     status: int
     """0 when all is well."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(msgspec.Struct, frozen=True):
     """The answer to a PING."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class PageRequest:
+class PageRequest(msgspec.Struct, frozen=True):
     """The destination needs these host pages first."""
 
     block: str
@@ -131,8 +129,7 @@ class PageRequest:
     """Bytes, a multiple of the host page size, inside the block, more than 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedBitmap:
+class ReceivedBitmap(msgspec.Struct, frozen=True):
     """Which pages of a block have been received and placed."""
 
     block: str
@@ -140,13 +137,11 @@ class ReceivedBitmap:
     """As `ReturnPathWriter.received_bitmap` takes it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeAck:
+class ResumeAck(msgspec.Struct, frozen=True):
     """The destination is ready to go on after a break."""
 
 
-@dataclass(frozen=True, slots=True)
-class SwitchoverAck:
+class SwitchoverAck(msgspec.Struct, frozen=True):
     """The destination allows the switchover."""
 
 

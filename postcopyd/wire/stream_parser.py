@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Literal, NoReturn
+
+import msgspec
 
 from postcopyd.wire.block_list import read_block_list
 from postcopyd.wire.commands import (
@@ -51,8 +52,7 @@ from postcopyd.wire.stream_format import (
 _Kind = Literal["start", "part", "end"]
 
 
-@dataclass(frozen=True, slots=True)
-class StreamLimits:
+class StreamLimits(msgspec.Struct, frozen=True):
     """What a source may make us allocate or read."""
 
     package: int = 16 << 20
@@ -65,8 +65,7 @@ class StreamLimits:
     """Most RAM blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeState:
+class ResumeState(msgspec.Struct, frozen=True):
     """What a resumed connection does not say again."""
 
     blocks: tuple[BlockEntry, ...]

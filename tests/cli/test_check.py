@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from postcopyd.cli.check import print_report
 from postcopyd.cli.postcopyctl import main

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +41,7 @@ locked_before = memory_lock.locked_bytes()
 report = check_host()
 left = belongings() - before
 print(json.dumps({
-    "findings": {finding.key: dataclasses.asdict(finding) for finding in report.findings},
+    "findings": {finding.key: msgspec.to_builtins(finding) for finding in report.findings},
     "can_postcopy": report.can_postcopy,
     "left": left,
     "locked": [locked_before, memory_lock.locked_bytes()],
@@ -77,7 +76,7 @@ def test_here_everything_is_there(huge_pages: Callable[[int], None]) -> None:
 def test_a_report_can_be_sent_as_json() -> None:
     report = check_host()
     assert json.loads(msgspec.json.encode(report)) == json.loads(
-        json.dumps(dataclasses.asdict(report))
+        json.dumps(msgspec.to_builtins(report))
     )
 
 

@@ -7,10 +7,10 @@ import contextlib
 import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import replace
 from typing import Final
 
 import pytest
+from msgspec.structs import replace
 
 from postcopyd.incoming.settings import Settings as IncomingSettings
 from postcopyd.incoming.states import State

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from postcopyd.outgoing.image import BlockFile, ImageError, MemoryImage
 from postcopyd.wire.messages import BlockEntry
@@ -83,7 +83,7 @@ def test_what_cannot_be_a_block_is_refused_and_nothing_stays_open(
     file: BlockFile, change: dict[str, object], complaint: str
 ) -> None:
     with no_descriptor_left(), pytest.raises(ImageError, match=complaint):
-        MemoryImage([replace(file, name="first"), replace(file, **change)])  # type: ignore[arg-type]
+        MemoryImage([replace(file, name="first"), replace(file, **change)])
 
 
 def test_two_blocks_of_one_name_are_refused(file: BlockFile) -> None:
