@@ -18,7 +18,7 @@ from postcopyd.cli.control_client import ControlError
 from tests.certificates import SERVER, Authority, Issued, client_context
 from tests.daemon.daemon_process import RunningDaemon
 from tests.daemon.whole_migration import Guest, Image, running_guest
-from tests.torture.broken_migrations import LOOPBACK, connect_from, server_on
+from tests.torture.broken_migrations import LOOPBACK, connect_from
 from tests.torture.faulty_relay import FaultyRelay
 from tests.torture.soak_abandoned import (
     MemoryFiles,
@@ -26,7 +26,7 @@ from tests.torture.soak_abandoned import (
     remove_lists,
     standing_still,
 )
-from tests.torture.soak_network import be_a_stranger, named, network_faults
+from tests.torture.soak_network import Ports, be_a_stranger, named, network_faults
 from tests.torture.soak_result import Result
 
 _PATIENCE: Final = 150.0
@@ -37,7 +37,7 @@ _OVER_TLS: Final = 0.25
 """Of all migrations."""
 _WITH_STRANGERS: Final = 0.3
 """Of those that are moved."""
-_EVERYWHERE: Final = "tcp:0.0.0.0:0"
+_EVERYWHERE: Final = "0.0.0.0"
 """It counts as no address of the loopback alone, so a source has to speak TLS there."""
 _ASK_THE_DESTINATION: Final = "everything was sent, the destination may have completed"
 """What a source says that has not heard the last word."""
@@ -61,6 +61,7 @@ class Migrations:
         self._authority = authority
         self._source: Issued = authority.issue("source")
         self._numbers = numbers
+        self._ports = Ports()
         self._result = result
 
     async def one(self, name: str) -> None:
@@ -80,11 +81,13 @@ class Migrations:
         numbers = random.Random(self._numbers.random())
         kind = numbers.choice(["memory-file", "anonymous"])
         tls = numbers.random() < _OVER_TLS
-        if tls:
-            await self._create(name)
+        await self._create(name, f"tcp:{_EVERYWHERE if tls else LOOPBACK}:{self._ports.free()}")
         with running_guest(self._daemon, name, kind) as guest:
             try:
-                one = _One(self._daemon, self._image, name, kind, guest, numbers, self._result)
+                one = _One(
+                    *(self._daemon, self._image, name, kind, guest, numbers),
+                    *(self._ports, self._result),
+                )
                 one.port = int((await one.says())["listen"][0].rpartition(":")[2])
                 if tls:
                     one.options = self._tls_options()
@@ -102,9 +105,9 @@ class Migrations:
                 await asyncio.to_thread(guest.process.wait)
                 shutil.rmtree(guest.directory)
 
-    async def _create(self, name: str) -> None:
+    async def _create(self, name: str, listen: str) -> None:
         try:
-            await ask(self._daemon, "create", name, _EVERYWHERE)
+            await ask(self._daemon, "create", name, listen)
         except ControlError as error:
             # Who was killed before it could answer may have done it.
             if error.code != "name-taken":
@@ -129,6 +132,7 @@ class _One:
         kind: str,
         guest: Guest,
         numbers: random.Random,
+        ports: Ports,
         result: Result,
     ) -> None:
         self._daemon = daemon
@@ -137,6 +141,7 @@ class _One:
         self._kind = kind
         self._guest = guest
         self._numbers = numbers
+        self._ports = ports
         self._result = result
         self.port = 0
         self.options: tuple[str, ...] = ()
@@ -184,7 +189,7 @@ class _One:
         self._relay = relay
         strangers = asyncio.create_task(self._strangers())
         try:
-            async with relay.listening(server_on(None)):
+            async with relay.listening(self._ports.listener()):
                 with self._sending(relay) as source:
                     output, errors = await asyncio.to_thread(source.communicate, None, _PATIENCE)
                 await self._check_arrival()
@@ -331,7 +336,7 @@ class _One:
         """A relay to which nothing happens."""
         relay = FaultyRelay((), partial(connect_from, None, LOOPBACK), ends_with_destination=True)
         relay.lead_to(self.port)
-        async with relay.listening(server_on(None)):
+        async with relay.listening(self._ports.listener()):
             yield relay
 
     @contextlib.contextmanager

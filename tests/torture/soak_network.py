@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import socket
 import ssl
@@ -100,6 +101,31 @@ def named(fault: Fault) -> str:
     if fault.kind == "duplicate":
         return "connection: duplicate"
     return f"connection: {fault.kind} {fault.way}"
+
+
+class Ports:
+    """Ports that the kernel gives to nobody by itself, one after the other.
+
+    A source that has not heard the last word comes back for a minute. One that meets another
+    migration at the address of its own ends that one, or is kept busy by it.
+    """
+
+    _RANGE: Final = range(12_000, 32_000)
+
+    def __init__(self) -> None:
+        """Begin with the first."""
+        self._ports = itertools.cycle(self._RANGE)
+
+    def listener(self) -> socket.socket:
+        """Listen on the next one that is free, on the loopback."""
+        while True:
+            with contextlib.suppress(OSError):
+                return socket.create_server((LOOPBACK, next(self._ports)))
+
+    def free(self) -> int:
+        """Return the next one that is free."""
+        with self.listener() as listener:
+            return int(listener.getsockname()[1])
 
 
 _STRANGERS: Final = ("says garbage", "begins as a stream", "goes away", "is silent")
