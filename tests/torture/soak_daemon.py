@@ -20,8 +20,8 @@ _OWN: Final = {"/control", "/handoff"}
 _SUPERVISOR_MEMORY: Final = "memory of the supervisor, KiB"
 _WORKER_MEMORY: Final = "memory of the worker, KiB"
 _MEMORY_NOISE: Final = {_SUPERVISOR_MEMORY: 8 << 10, _WORKER_MEMORY: 24 << 10}
-"""KiB. While migrations come and go a worker takes 5 to 17 MiB more, from the second minute on: what
-is in cycles stays until Python looks for them among all objects, which it does after many."""
+"""KiB. While migrations come and go a worker takes 5 to 17 MiB more, from the second minute on:
+what is in cycles stays until Python looks for them among all objects, which it does after many."""
 _PATIENCE: Final = 120.0
 """Seconds."""
 _STANDSTILL: Final = (0.1, 3.0)
