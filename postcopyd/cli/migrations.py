@@ -239,6 +239,8 @@ def _facts(migration: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "security", _SECURITY[migration["security"]]
     if migration["allowed_sources"]:
         yield "may be source", "  ".join(migration["allowed_sources"])
+    if migration["refused"]:
+        yield "refused last", migration["refused"]
     if migration["machine"]:
         yield "machine", migration["machine"]
     if migration["state"] == "abandoned":

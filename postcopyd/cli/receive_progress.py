@@ -50,6 +50,7 @@ class ReceiveProgress:
         self._output = output
         self._last: tuple[object, ...] = ()
         self._advised = False
+        self._refused: str | None = None
         self._bar: Progress | None = None
         if output.isatty():
             self._bar = Progress(
@@ -72,6 +73,7 @@ class ReceiveProgress:
             self._bar.refresh()
         else:
             self._write_line(migration)
+        self._tell_of_refused(migration)
         self._advise(migration)
 
     def _write_line(self, migration: dict[str, Any]) -> None:
@@ -85,16 +87,25 @@ class ReceiveProgress:
         """Say once what to do about a migration that needs somebody."""
         waits = bool(migration["waits_for_vmm"])
         if waits and not self._advised:
-            text = (
+            self._print(
                 "Nothing is lost: the device state and all memory that has come are kept. Start "
                 "another QEMU for it, then:\n"
                 f"  postcopyctl retry {printable(migration['name'])} --qmp OTHER"
             )
-            if self._bar is not None:
-                self._bar.console.print(text, markup=False)
-            else:
-                print(text, file=self._output, flush=True)
         self._advised = waits
+
+    def _tell_of_refused(self, migration: dict[str, Any]) -> None:
+        """Say once who was refused: it may be the source, and its operator waits."""
+        refused = migration["refused"]
+        if refused and refused != self._refused:
+            self._print(f"refused: {printable(refused)}")
+        self._refused = refused
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False)
+        else:
+            print(text, file=self._output, flush=True)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

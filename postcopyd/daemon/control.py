@@ -14,7 +14,7 @@ GET /v1/migrations/NAME/wait?timeout=SECONDS  the migration when it has ended or
 
 Both that create one take "allowed_sources"? too. A migration is the engine's report
 (`postcopyd.incoming.report.Report`) and, beside it, `listen`, `security`, `allowed_sources`,
-`handoff`, `missing_list` and `worker`; the list leaves `missing` out. Every error is
+`handoff`, `missing_list`, `refused` and `worker`; the list leaves `missing` out. Every error is
 {"error": {"code", "message", "hint"}}.
 """
 

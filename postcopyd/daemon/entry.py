@@ -21,7 +21,7 @@ from postcopyd.daemon.network_watch import NetworkWatch, PathWatch
 from postcopyd.daemon.sockets import address_of, remove_file_of
 from postcopyd.incoming.connection import Connection
 from postcopyd.incoming.estate import Estate
-from postcopyd.incoming.events import Event, StreamAttached
+from postcopyd.incoming.events import ConnectionRefused, Event, StreamAttached
 from postcopyd.incoming.journal import JournalUnreadable
 from postcopyd.incoming.migration import IncomingMigration
 from postcopyd.incoming.recipient import Refused
@@ -124,6 +124,8 @@ class Entry:
         self._records = records
         self.missing_list: str | None = None
         """Path of the list of what is missing, once it was abandoned."""
+        self.refused: str | None = None
+        """Who was refused last in its source's place, and why."""
         names = AllowedNames(allowed_sources)
         self._gate = Gate(
             rules,
@@ -239,6 +241,7 @@ class Entry:
             "allowed_sources": self.allowed_sources,
             "handoff": self.handoff,
             "missing_list": self.missing_list,
+            "refused": self.refused,
         }
 
     async def wait(self, within: float | None) -> None:
@@ -249,6 +252,8 @@ class Entry:
         event_log.log_event(self.name, event)
         if isinstance(event, StreamAttached):
             self._watch_path()
+        if isinstance(event, ConnectionRefused):
+            self.refused = f"{event.peer}: {event.reason}"
         self._on_change()
 
     async def _list_what_is_missing(self, ranges: Iterator[MissingRange]) -> None:
@@ -291,6 +296,7 @@ class Entry:
         return self._migration.expect_stream(connection)
 
     def _refused(self, peer: str, reason: str) -> None:
+        self.refused = f"{peer}: {reason}"
         event_log.log_source_refused(self.name, peer, reason)
 
     async def _finish(self, migration: IncomingMigration) -> None:

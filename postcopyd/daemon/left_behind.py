@@ -66,6 +66,7 @@ class HeldMigration:
             "allowed_sources": (),
             "handoff": None,
             "missing_list": None,
+            "refused": None,
         }
 
     async def wait(self, within: float | None) -> None:

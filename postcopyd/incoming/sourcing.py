@@ -25,7 +25,8 @@ from postcopyd.incoming.states import AFTER_SWITCHOVER, State
 from postcopyd.incoming.switchover import Switchover
 from postcopyd.incoming.tasks import Tasks
 from postcopyd.ram.block import RamBlock
-from postcopyd.wire.errors import NothingToResume, ProtocolError
+from postcopyd.wire.errors import NotAStream, ProtocolError
+from postcopyd.wire.stream_format import HEADER_LENGTH
 
 _LONGEST_REQUEST: Final = 1 << 31
 """Bytes; the length in a request has 32 bits (qemu-wire, 4.2)."""
@@ -216,14 +217,16 @@ class Sourcing:
         within = f" in the middle of {reading}" if reading else ""
         peer = self._standing.peer
         reason = str(error) if told else f"the stream from {peer} broke{within}: {error}"
-        waits = self._course.state in (State.NONE, State.PAUSED)
-        if waits and not self._standing.link.bytes_received:
-            self.drop()
-            self._trace(events.StreamDropped(peer or ""))
-        elif isinstance(error, NothingToResume):
-            # Its package has never come here; it will begin anew, and this must be here then.
+        # Who has not said what he is may be a stranger, and so may he who is no source; or a source
+        # whose package has never come here, which will begin anew. The migration is to be here for
+        # its source.
+        least = {State.NONE: HEADER_LENGTH, State.PAUSED: 1}.get(self._course.state, 0)
+        if isinstance(error, NotAStream):
             self.drop()
             self._connection_refused(peer or "", f"has not begun: {error}")
+        elif self._standing.link.bytes_received < least:
+            self.drop()
+            self._trace(events.StreamDropped(peer or ""))
         else:
             self.lose(reason)
 

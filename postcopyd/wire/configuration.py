@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from postcopyd.wire.errors import NothingToResume, ProtocolError
+from postcopyd.wire.errors import NotAStream, NothingToResume, ProtocolError
 from postcopyd.wire.messages import Configuration
 from postcopyd.wire.names import decode_name
 from postcopyd.wire.receive_buffer import ReceiveBuffer
@@ -26,17 +26,17 @@ def read_header(buffer: ReceiveBuffer) -> Generator[None, None, bytes]:
     """Read the stream header.
 
     :return: its bytes.
-    :raise ProtocolError: if it is not the header of a stream that is understood, saying what it
-        looks like instead; `NothingToResume` if it is a resumed one.
+    :raise NotAStream: if it is not the header of a stream that is understood, saying what it looks
+        like instead; `NothingToResume` if it is a resumed one.
     """
     position = buffer.position
     magic = yield from buffer.take(len(MAGIC))
     if magic != MAGIC:
-        kind = NothingToResume if magic[0] == Section.COMMAND else ProtocolError
+        kind = NothingToResume if magic[0] == Section.COMMAND else NotAStream
         raise kind(f"not a migration stream: {_explain(magic)}", position)
     version = yield from buffer.take(4)
     if int.from_bytes(version, "big") != VERSION:
-        raise ProtocolError(
+        raise NotAStream(
             f"stream version {int.from_bytes(version, 'big')}; only {VERSION} is spoken", position
         )
     return magic + version

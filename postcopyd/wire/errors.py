@@ -30,7 +30,11 @@ class ProtocolError(Exception):
         return f"at byte {self.position}: {self.what}"
 
 
-class NothingToResume(ProtocolError):
+class NotAStream(ProtocolError):
+    """What has connected does not begin as a migration does, so nothing has begun here."""
+
+
+class NothingToResume(NotAStream):
     """A source wants to resume what has not begun here. It may begin anew on another connection."""
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 MAGIC: Final = b"QEVM"
 VERSION: Final = 3
+HEADER_LENGTH: Final = 8
 NAME_LIMIT: Final = 255
 """Longest name of a section, a block or a capability: its length is one byte."""
 MULTIFD_MAGIC: Final = b"\x11\x22\x33\x44"

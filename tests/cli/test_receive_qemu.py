@@ -30,6 +30,7 @@ MIGRATION: dict[str, Any] = {
     "length": 1 << 30,
     "counters": {"faults": 0},
     "waits_for_vmm": False,
+    "refused": None,
 }
 
 
@@ -105,12 +106,22 @@ def test_what_to_do_about_a_vmm_that_did_not_load_is_said_once() -> None:
     assert "Nothing is lost" in output.getvalue()
 
 
+def test_who_was_refused_is_told_once() -> None:
+    output = io.StringIO()
+    refused = MIGRATION | {"refused": "192.0.2.9:5: it shows no certificate"}
+    with ReceiveProgress(output) as progress:
+        for migration in (MIGRATION, refused, refused):
+            progress.show(migration)
+    lines = output.getvalue().splitlines()
+    assert lines.count("refused: 192.0.2.9:5: it shows no certificate") == 1
+
+
 class Told:
     """A daemon that tells how a migration stands, as one that was killed in the middle may."""
 
     def __init__(self, **known: Any) -> None:
         report = Report("vm0", failure=None, vmm="QEMU", peer="127.0.0.1:1", machine=None, **known)
-        self.migration: dict[str, Any] = msgspec.to_builtins(report)
+        self.migration: dict[str, Any] = msgspec.to_builtins(report) | {"refused": None}
 
     def wait(self, name: str, within: float) -> dict[str, Any]:
         return self.migration

@@ -17,7 +17,7 @@ from postcopyd.kernel.userfaultfd import Operation, RegisterMode
 from postcopyd.wire import stream_writer
 from postcopyd.wire.messages import BlockEntry
 from postcopyd.wire.return_path import Shut
-from tests.incoming.engine import DEVICE_STATE, SECTION, Engine, image
+from tests.incoming.engine import DEVICE_STATE, SECTION, Engine, Source, image
 from tests.incoming.guest import PAGE, Guest
 
 MakeEngine = Callable[..., Engine]
@@ -54,8 +54,6 @@ def command(number: int, payload: bytes = b"", length: int | None = None) -> byt
 PACKAGED = command(7, length=4)
 
 BEFORE_THE_PACKAGE = {
-    "a wrong magic": (b"GEVM" + CONFIGURATION[4:], "47 45 56 4d"),
-    "a wrong version": (CONFIGURATION[:4] + struct.pack(">I", 2) + CONFIGURATION[8:], "version"),
     "no configuration": (CONFIGURATION[:8] + RETURN_PATH, "configuration"),
     "a machine name of 4 GiB": (CONFIGURATION[:9] + b"\xff" * 4, "4294967295"),
     "an unknown section": (CONFIGURATION + b"\x55", "0x55"),
@@ -131,7 +129,6 @@ BEFORE_THE_PACKAGE = {
         CONFIGURATION + ram_start(),
         "postcopy-ram",
     ),
-    "a multifd hello": (bytes.fromhex("11223344") + bytes(60), "multifd"),
     "x-ignore-shared": (
         stream_writer.configuration("pc", capabilities=["x-ignore-shared"]) + RETURN_PATH,
         "x-ignore-shared",
@@ -161,6 +158,51 @@ async def test_a_bad_stream_fails_before_the_package_with_one_reason_that_names_
     assert engine.vmm.closed
 
 
+NO_STREAM = {
+    "a wrong magic": (b"GEVM" + CONFIGURATION[4:], "47 45 56 4d"),
+    "a wrong version": (CONFIGURATION[:4] + struct.pack(">I", 2) + CONFIGURATION[8:], "version"),
+    "a multifd hello": (bytes.fromhex("11223344") + bytes(60), "multifd"),
+    "a TLS handshake": (b"\x16\x03\x01" + bytes(60), "no TLS is spoken here"),
+    "a page": (bytes(8), "preempt channel"),
+    "HTTP": (b"GET / HTTP/1.1\r\n\r\n", "47 45 54 20"),
+}
+
+
+@pytest.mark.parametrize(("said", "named"), NO_STREAM.values(), ids=NO_STREAM.keys())
+async def test_who_is_no_source_is_refused_and_the_migration_waits_for_its_source(
+    make_engine: MakeEngine, said: bytes, named: str
+) -> None:
+    engine = make_engine(pages=PAGES)
+    engine.attach()
+    await engine.source.send(said)
+    refused = await engine.told(events.ConnectionRefused)
+    assert refused.reason.startswith("migration 'vm0' has not begun: at byte")
+    assert named in refused.reason
+    await engine.source.wait_for_close()
+    assert engine.migration.state is State.NONE
+    assert not engine.failures
+    await the_source_comes(engine)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+async def test_who_leaves_before_he_has_said_what_he_is_changes_nothing(
+    make_engine: MakeEngine, length: int
+) -> None:
+    engine = make_engine(pages=PAGES)
+    engine.attach()
+    await engine.source.send(CONFIGURATION[:length])
+    engine.source.close()
+    await engine.told(events.StreamDropped)
+    assert engine.migration.state is State.NONE
+    await the_source_comes(engine)
+
+
+async def the_source_comes(engine: Engine) -> None:
+    source = Source(engine.connect_again(), engine.source.blocks)
+    await source.send(WHOLE)
+    await engine.reach(State.RUNNING)
+
+
 async def test_a_source_is_told_that_it_goes_on(make_engine: MakeEngine) -> None:
     engine = make_engine(pages=PAGES)
     engine.attach()
@@ -181,7 +223,7 @@ PACKAGE_ENDS = WHOLE.index(stream_writer.ping(4))
 
 
 @pytest.mark.parametrize(
-    "cut", [1, 5, 9, 20, 30, 60, 100, 4200, 8300, PACKAGE_ENDS - 20, PACKAGE_ENDS - 1]
+    "cut", [8, 9, 20, 30, 60, 100, 4200, 8300, PACKAGE_ENDS - 20, PACKAGE_ENDS - 1]
 )
 async def test_bytes_that_stop_before_the_package_is_whole_end_it_cleanly(
     make_engine: MakeEngine, cut: int

@@ -215,15 +215,9 @@ class _One:
         return (self._guest.directory / "device-state").exists()
 
     async def _strangers(self) -> None:
-        """Have strangers come to it.
-
-        Over plain TCP nobody can tell one from a source before the package: whoever says something
-        wrong then ends the migration.
-        """
+        """Have strangers come to it, before its source and after."""
         if self._numbers.random() > _WITH_STRANGERS:
             return
-        while not (self.options or self._has_package()):
-            await asyncio.sleep(0.05)
         for _ in range(self._numbers.choice((1, 1, 2, 4))):
             await asyncio.sleep(self._numbers.uniform(0.0, 0.5))
             try:
