@@ -28,7 +28,8 @@ WHAT_THE_CHECK_IS_FOR = {
 # Takes something away from itself (argument 1), checks, and says what it has found and what the
 # check has left behind.
 TAKE_AWAY = """
-import dataclasses, errno, json, resource, sys
+import errno, json, resource, sys
+import msgspec
 from postcopyd.incoming.host_check import check_host
 from postcopyd.kernel import memory_lock
 from tests.kernel.rights import answer_ioctl, drop_rights, forbid_userfaultfd
