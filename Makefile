@@ -24,15 +24,15 @@ PIP_INSTALL := $(RUN)/python -m pip install -qq --editable
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-vm torture soak fuzz clean debian-packages guests machine
+.PHONY: help demo test lint format bench bench-vm torture soak fuzz clean compiled debian-packages guests machine
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
-demo: $(VENV)/installed ## Migrate a guest into a process on this machine and verify its memory
+demo: compiled ## Migrate a guest into a process on this machine and verify its memory
 	@$(RUN)/postcopyctl demo
 
-test: debian-packages guests machine lint ## Install what the tests need, lint, run all tests
+test: debian-packages guests machine lint compiled ## Install what the tests need, lint, run all tests
 	$(RUN)/python -m pytest
 
 lint: $(VENV)/installed-dev ## Check style, formatting, types and the order of imports
@@ -45,16 +45,16 @@ format: $(VENV)/installed-dev ## Format the code and sort its imports
 	$(RUN)/ruff check --select I --fix
 	$(RUN)/ruff format
 
-bench: debian-packages $(VENV)/installed-dev ## Measure against a destination written in C (ARGS="--quick --json FILE")
+bench: debian-packages $(VENV)/installed-dev compiled ## Measure against a destination written in C (ARGS="--quick --json FILE")
 	@$(RUN)/python -m tests.bench $(ARGS)
 
-bench-vm: debian-packages guests ## Migrate a checked guest, by QEMU itself and by postcopyd (ARGS="--quick")
+bench-vm: debian-packages guests compiled ## Migrate a checked guest, by QEMU itself and by postcopyd (ARGS="--quick")
 	@$(RUN)/python -m tests.bench_vm $(ARGS)
 
-torture: debian-packages guests ## Go through every case of the matrices that `make test` takes samples of
+torture: debian-packages guests compiled ## Go through every case of the matrices that `make test` takes samples of
 	$(RUN)/python -m pytest tests/torture --full --timeout 7200 $(ARGS)
 
-soak: $(VENV)/installed-dev ## Run 16 migrations at a time for an hour, with faults of all kinds (ARGS="--minutes 5")
+soak: $(VENV)/installed-dev compiled ## Run 16 migrations at a time for an hour, with faults of all kinds (ARGS="--minutes 5")
 	@$(RUN)/python -m tests.torture.soak $(ARGS)
 
 fuzz: $(VENV)/installed-dev ## Fuzz each reader of what comes from outside for FUZZ_SECONDS (60)
@@ -65,6 +65,10 @@ clean: ## Remove the virtual environment and what tools have left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache .grimp_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# As pip compiles a package: guests wait while a daemon that was killed is started again.
+compiled: $(VENV)/installed
+	@$(RUN)/python -m compileall -q postcopyd tests
 
 debian-packages:
 	@tests/install-debian $(DEBIAN_PACKAGES)
