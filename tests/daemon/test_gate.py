@@ -115,13 +115,17 @@ def test_creating_is_refused_and_says_what_to_do(daemon: RunningDaemon, tmp_path
     daemon.wait_for_descriptors(before)
 
 
-def test_tls_at_a_plain_listener_is_told(daemon: RunningDaemon) -> None:
+def test_tls_at_a_plain_listener_is_told_and_the_migration_waits_on(daemon: RunningDaemon) -> None:
     migration = daemon.client.create("vm0")
     port = int(migration["listen"][0].rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as source:
+        host, port = source.getsockname()
         source.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01")
-        failure = daemon.client.wait("vm0", LIMIT)["failure"]
-    assert "it begins as a TLS handshake, and no TLS is spoken here" in failure
+        wait_until(lambda: daemon.client.show("vm0")["refused"] is not None)
+    shown = daemon.client.show("vm0")
+    assert shown["refused"].startswith(f"{host}:{port}: migration 'vm0' has not begun")
+    assert "it begins as a TLS handshake, and no TLS is spoken here" in shown["refused"]
+    assert shown["state"] == "none"
 
 
 @pytest.fixture

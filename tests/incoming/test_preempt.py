@@ -589,14 +589,13 @@ async def test_who_leaves_without_a_word_does_not_matter_when_all_is_here(
     assert await engine.source.wait_for_shut() == Shut(0)
 
 
-async def test_a_channel_without_its_stream_is_named(make_engine: MakeEngine) -> None:
+async def test_a_channel_without_its_stream_is_refused_by_name(make_engine: MakeEngine) -> None:
     engine = make_engine(pages=4)
     engine.attach()
     await engine.source.send(stream_writer.StreamWriter(0).page("pc.ram", 0), bytes(PAGE))
-    await engine.finish()
-    assert engine.migration.state is State.FAILED
-    assert engine.migration.failure is not None
-    assert "preempt channel" in engine.migration.failure
+    refused = await engine.told(events.ConnectionRefused)
+    assert "preempt channel" in refused.reason
+    assert engine.migration.state is State.NONE
 
 
 async def test_each_channel_may_be_in_the_middle_of_a_huge_page(
