@@ -260,20 +260,23 @@ async def test_a_second_stream_for_the_same_vm_is_refused_and_the_first_goes_on(
     assert "already has a source" in daemon.log
 
 
-async def test_a_preempt_channel_without_a_main_one_is_told(
+async def test_a_preempt_channel_without_a_main_one_is_told_and_the_source_is_waited_for(
     daemon: RunningDaemon, tmp_path: Path
 ) -> None:
     async with (
         waiting_qemu(tmp_path, linux("7.2")) as destination,
-        receiving(daemon, destination) as command,
+        receiving(daemon, destination, "channel") as command,
     ):
         host, port = (await command.address()).removeprefix("tcp:").rsplit(":", 1)
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(bytes(7) + b"\x02")
-            status, _ = await command.ended()
-        assert status == 1
-        assert "the main connection has to come first" in command.lines[-2]
+            refused = await command.line_with("the main connection has to come first")
+        assert refused.startswith("refused: ")
+        assert daemon.client.show("channel")["state"] == "none"
         assert await destination.status() == "inmigrate"
+        daemon.client.cancel("channel")
+        status, _ = await command.ended()
+        assert status == 1
 
 
 async def test_a_destination_that_runs_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
