@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tests.accepting import accept
+from tests.relaying import Relay
 
 How: TypeAlias = Literal["reset", "close", "half-close"]
 _ABORT = struct.pack("ii", 1, 0)
@@ -29,44 +29,19 @@ class Cut:
     """A half-close ends only the direction whose bytes have passed."""
 
 
-class CuttingRelay:
+class CuttingRelay(Relay):
     """Passes the connections that it takes on to a listener of this host, until they are cut."""
 
     def __init__(self, port: int, cuts: Iterable[Cut] = ()) -> None:
         """Cut the first connection as the first of `cuts` says, and so on; then pass on all."""
+        super().__init__()
         self._destination = port
         self._cuts = iter(cuts)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.port = 0
-        self.connections = 0
         self.passed: list[tuple[int, int]] = []
         """Bytes that went forward and backward, of each connection that has ended."""
 
-    @contextlib.asynccontextmanager
-    async def listening(self) -> AsyncIterator[CuttingRelay]:
-        """Take connections on `self.port`."""
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setblocking(False)
-            self.port = listener.getsockname()[1]
-            accepting = asyncio.ensure_future(self._accept(listener))
-            try:
-                yield self
-            finally:
-                for task in (accepting, *self._tasks):
-                    task.cancel()
-                await asyncio.gather(accepting, *self._tasks, return_exceptions=True)
-
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            near = await accept(listener)
-            self.connections += 1
-            task = asyncio.ensure_future(self._relay(near, next(self._cuts, Cut())))
-            self._tasks.add(task)
-            # A task that is cancelled before its first step would leave it open.
-            task.add_done_callback(lambda _, near=near: near.close())  # type: ignore[misc]
-            task.add_done_callback(self._tasks.discard)
-
-    async def _relay(self, near: socket.socket, cut: Cut) -> None:
+    async def _relay(self, near: socket.socket, number: int) -> None:
+        cut = next(self._cuts, Cut())
         loop = asyncio.get_running_loop()
         with near, socket.socket() as far:
             for end in (near, far):

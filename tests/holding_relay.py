@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
 
-from tests.accepting import accept
+from tests.relaying import Relay
 
 _PIECE = 1 << 16
 
 
-class HoldingRelay:
+class HoldingRelay(Relay):
     """Passes connections on to a listener of this host.
 
     Of the first one no more than so many bytes of the source; it breaks when the destination breaks
@@ -20,44 +19,19 @@ class HoldingRelay:
     """
 
     def __init__(self, port: int, first: int) -> None:
+        super().__init__()
         self._destination = port
         self._first = first
         self._may_go_on = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self.holds = asyncio.Event()
         """Set when so many bytes of the first one have been passed on."""
-        self.port = 0
-        self.connections = 0
 
     def go_on(self) -> None:
         """Pass on all connections from now on, but the first one."""
         self._may_go_on.set()
 
-    @contextlib.asynccontextmanager
-    async def listening(self) -> AsyncIterator[HoldingRelay]:
-        """Take connections on `self.port`."""
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setblocking(False)
-            self.port = listener.getsockname()[1]
-            accepting = asyncio.ensure_future(self._accept(listener))
-            try:
-                yield self
-            finally:
-                for task in (accepting, *self._tasks):
-                    task.cancel()
-                await asyncio.gather(accepting, *self._tasks, return_exceptions=True)
-
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            near = await accept(listener)
-            self.connections += 1
-            task = asyncio.ensure_future(self._relay(near, is_first=self.connections == 1))
-            self._tasks.add(task)
-            # A task that is cancelled before its first step would leave it open.
-            task.add_done_callback(lambda _, near=near: near.close())  # type: ignore[misc]
-            task.add_done_callback(self._tasks.discard)
-
-    async def _relay(self, near: socket.socket, *, is_first: bool) -> None:
+    async def _relay(self, near: socket.socket, number: int) -> None:
+        is_first = number == 1
         if not is_first:
             await self._may_go_on.wait()
         with near, socket.socket() as far, contextlib.suppress(ConnectionError):

@@ -25,6 +25,16 @@ MakeEngine = Callable[..., Engine]
 SOON = 0.05  # seconds
 
 
+async def running(make_engine: MakeEngine) -> Engine:
+    """A guest runs, and none of its memory is here."""
+    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
+    await engine.reach(State.RUNNING)
+    return engine
+
+
 async def test_a_stall_is_told_again_when_it_has_lasted_twice_as_long_and_when_it_is_over() -> None:
     told: list[float] = []
     over = asyncio.Event()
@@ -89,11 +99,7 @@ async def test_who_goes_on_is_not_complained_of() -> None:
 async def test_a_source_that_answers_everything_but_one_fault_raises_an_alarm(
     make_engine: MakeEngine,
 ) -> None:
-    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
-    await engine.reach(State.RUNNING)
+    engine = await running(make_engine)
     ignored = engine.guest.touch(3)
     await engine.source.wait_for_request()
 
@@ -111,11 +117,7 @@ async def test_a_source_that_answers_everything_but_one_fault_raises_an_alarm(
 
 
 async def test_a_source_that_repeats_what_is_here_raises_an_alarm(make_engine: MakeEngine) -> None:
-    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
-    await engine.reach(State.RUNNING)
+    engine = await running(make_engine)
 
     async def repeat() -> None:
         while True:
@@ -149,11 +151,7 @@ async def test_a_source_that_comes_back_again_and_again_and_brings_nothing_raise
 async def test_a_source_that_falls_silent_after_the_package_raises_an_alarm(
     make_engine: MakeEngine,
 ) -> None:
-    engine = make_engine(pages=PAGES, settings=Settings(alarm_after=SOON))
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.switch_over({"pc.ram": [(0, engine.guest.length)]})
-    await engine.reach(State.RUNNING)
+    engine = await running(make_engine)
     touch = engine.guest.touch(3)
     await engine.source.wait_for_request()
     stalled = await engine.told(events.Stalled)

@@ -172,7 +172,7 @@ def migrate(
             moments.ran.set()
             moments.ended.set()
             killed = killing.result(LIMIT)
-        _check(image, guest)
+        check_memory(image, guest)
         by_itself = happened(directory)
         assert_killed(kills, by_itself)
         for kill in (*by_itself, *killed):
@@ -186,12 +186,12 @@ def _send(image: Image, guest: Guest, moments: Moments, pace: Pace) -> tuple[flo
 
     :return: when it began and ended, and how long its longest access took.
     """
-    (listen,) = _says(guest)["listen"]
+    (listen,) = says(guest)["listen"]
     source = image.start_sending(listen, "--max-bandwidth", pace.bandwidth)
     try:
         times = []
         for moment, what in ((moments.ran, "began"), (moments.ended, "ended")):
-            word = _says(guest)
+            word = says(guest)
             assert what in word, word
             times.append(word[what])
             moment.set()
@@ -202,20 +202,21 @@ def _send(image: Image, guest: Guest, moments: Moments, pace: Pace) -> tuple[flo
         raise AssertionError(f"{error}; the source: {errors}") from error
     finally:
         source.kill()
-    end = _says(guest)
+    end = says(guest)
     longest: float = end.pop("longest")
     assert end == {"complete": True, "changed": 0}, end
     began, ended = times
     return began, ended, longest
 
 
-def _says(guest: Guest) -> dict[str, Any]:
+def says(guest: Guest) -> dict[str, Any]:
+    """The next thing that it tells, within the time that a test may wait."""
     assert guest.process.stdout is not None
     wait_readable(guest.process.stdout.fileno())
     return guest.says()
 
 
-def _check(image: Image, guest: Guest) -> None:
+def check_memory(image: Image, guest: Guest) -> None:
     """Compare the guest's memory with what was sent, and with what it has written itself."""
     assert guest.process.wait(LIMIT) == 0
     assert guest.device_state() == DEVICE_STATE

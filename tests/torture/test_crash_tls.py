@@ -8,22 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.daemon.named_source import ALLOWED, VM, NamedSource, named_source
 from tests.daemon.whole_migration import (
-    DEVICE_STATE,
-    PAGE,
-    Guest,
     Image,
     assert_sent,
     running_guest,
 )
-from tests.support import LIMIT, wait_readable, wait_until
-from tests.torture.checker_vmm import STAMP, stamp
-from tests.torture.crashing import SLOW
+from tests.support import LIMIT, wait_until
+from tests.torture.crashing import SLOW, check_memory, says
 from tests.torture.sampling import Sampling, Tally
 
 _USUAL, _FULL = 1, 40
@@ -83,7 +78,7 @@ def _migrate(
         named_source(directory, timeouts="close = 2") as it,
         running_guest(it.daemon, VM, kind, "tests.torture.checker_vmm", str(SLOW.work)) as guest,
     ):
-        (listen,) = _says(guest)["listen"]
+        (listen,) = says(guest)["listen"]
         killed = []
         source = image.start_sending(listen, "--max-bandwidth", SLOW.bandwidth, *it.options)
         try:
@@ -97,10 +92,10 @@ def _migrate(
                 assert_sent(source)
         finally:
             source.kill()
-        began, ended, end = _says(guest)["began"], _says(guest)["ended"], _says(guest)
+        began, ended, end = says(guest)["began"], says(guest)["ended"], says(guest)
         longest: float = end.pop("longest")
         assert end == {"complete": True, "changed": 0}, end
-        _check(image, guest)
+        check_memory(image, guest)
         it.assert_nobody_else_was_let_in()
         wait_until(lambda: set(it.daemon.manager.stored) == _OWN)
         return longest if any(began <= moment <= ended for moment in killed) else None
@@ -127,22 +122,3 @@ def _try(it: NamedSource, port: int, over: threading.Event, said: list[bytes]) -
     while not over.wait(_PAUSE):
         with suppress(OSError):  # nobody is there any more
             said.append(it.try_as_a_stranger(port))
-
-
-def _says(guest: Guest) -> dict[str, Any]:
-    assert guest.process.stdout is not None
-    wait_readable(guest.process.stdout.fileno())
-    return guest.says()
-
-
-def _check(image: Image, guest: Guest) -> None:
-    """Compare the guest's memory with what was sent, and with what it has written itself."""
-    assert guest.process.wait(LIMIT) == 0
-    assert guest.device_state() == DEVICE_STATE
-    memory = guest.memory()
-    number = 0
-    for name, content in image.memory.items():
-        for offset in range(0, len(content), PAGE):
-            wanted = stamp(number) + content[offset + STAMP : offset + PAGE]
-            assert memory[name][offset : offset + PAGE] == wanted, f"{name} at {offset:#x} is wrong"
-            number += 1
