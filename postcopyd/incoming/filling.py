@@ -19,6 +19,7 @@ from postcopyd.incoming.moving import Move
 from postcopyd.incoming.placing import Placer, VmmGone
 from postcopyd.incoming.poisoning import poison_missing
 from postcopyd.incoming.report import Counters, Histogram
+from postcopyd.incoming.unstaging import Unstaging
 from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.memory import HOST_PAGE_SIZE
 from postcopyd.kernel.userfaultfd import (
@@ -34,9 +35,6 @@ _RETRY_FIRST = 0.00025
 _RETRY_LONGEST = 0.01
 """Seconds between tries of what was put off: all threads of the VMM may be waiting for it, so no
 event need come that would remind us."""
-
-_STAGED_BATCH = 64
-"""Host pages placed from the staging in one turn of the event loop."""
 
 
 class MemoryFilling:
@@ -92,8 +90,7 @@ class MemoryFilling:
         self._never_sent = 0
         self._timer: asyncio.TimerHandle | None = None
         self._retry_delay = _RETRY_FIRST
-        self._stage_cursor: tuple[int, int] | None = None
-        self._stage_turn: asyncio.Handle | None = None
+        self._unstaging: Unstaging | None = None
         self._assemblers: list[Assembler] = []
         self.waiting: dict[int, int] = {}
         """VMM address of each host page that a fault waits for -> when the fault was read."""
@@ -173,8 +170,8 @@ class MemoryFilling:
         self.inherit()
         if self._faults.deferred:
             self._retry_later()
-        if self._stage_cursor is not None:
-            self._stage_turn = self._loop.call_soon(self._place_staged)
+        if self._unstaging is not None:
+            self._unstaging.go_on()
 
     def guest_runs(self) -> None:
         """Place what is staged from now on: no other VMM can take this one's place any more."""
@@ -182,8 +179,15 @@ class MemoryFilling:
         self._runs = True
         self._faults.keep_staged = False
         self._placer.keep = None
-        if self._advance_stage_cursor((0, 0)):
-            self._stage_turn = self._loop.call_soon(self._place_staged)
+        self._unstaging = Unstaging(
+            self._loop,
+            self.holdings,
+            self._placer,
+            self._counters,
+            done=self._caught_up,
+            failed=self._fail,
+        )
+        self._unstaging.go_on()
 
     def read_faults(self) -> None:
         """Read and answer what faults there are; harmless when there are none."""
@@ -417,7 +421,7 @@ class MemoryFilling:
     @property
     def staged(self) -> bool:
         """True while pages wait in the staging."""
-        return self._stage_cursor is not None
+        return self._unstaging is not None and self._unstaging.under_way
 
     @property
     def stalled(self) -> bool:
@@ -456,49 +460,6 @@ class MemoryFilling:
         if placed:
             self._caught_up()
 
-    def _advance_stage_cursor(self, start: tuple[int, int]) -> bool:
-        """Find the next staged page at or behind `start` (block, page); False at the end."""
-        index, page = start
-        while index < len(self.holdings.blocks):
-            found = self.holdings.page_map[index].staged.find(1, page)
-            if found >= 0:
-                self._stage_cursor = (index, found)
-                return True
-            index, page = index + 1, 0
-        self._stage_cursor = None
-        return False
-
-    def _place_staged(self) -> None:
-        """Place a batch of what came before the switchover, then let faults have their turn."""
-        if not self._listening or self._stage_cursor is None or self._loop is None:
-            return
-        if not self._advance_stage_cursor(self._stage_cursor):
-            self._caught_up()
-            return
-        index, first = self._stage_cursor
-        block = self.holdings.blocks[index]
-        staged = self.holdings.page_map[index].staged
-        limit = max(1, _STAGED_BATCH * HOST_PAGE_SIZE // block.page_size)
-        beyond = staged.find(0, first, first + limit)
-        count = (beyond if beyond >= 0 else min(first + limit, block.pages)) - first
-        offset = first * block.page_size
-        length = count * block.page_size
-        stage = self.holdings.stages[index]
-        try:
-            placed = self._placer.try_run(block, offset, length, stage.address_of(offset, length))
-            if placed:
-                stage.release(first, count)
-        except (VmmGone, OSError) as error:
-            if not isinstance(error, OSError) or error.errno != errno.ENOMEM:
-                self._fail(error)
-                return
-            placed = False
-        if placed:
-            self._stage_turn = self._loop.call_soon(self._place_staged)
-        else:
-            self._counters.retries += 1
-            self._stage_turn = self._loop.call_later(_RETRY_FIRST, self._place_staged)
-
     # -- the end -----------------------------------------------------------------------------
 
     def _fail(self, error: Exception) -> None:
@@ -514,9 +475,8 @@ class MemoryFilling:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._stage_turn is not None:
-            self._stage_turn.cancel()
-            self._stage_turn = None
+        if self._unstaging is not None:
+            self._unstaging.stop()
 
     def close(self) -> None:
         """Release map, staging and buffers. Idempotent."""
