@@ -14,6 +14,7 @@ from postcopyd.wire.return_path import Shut
 from tests.incoming.engine import Engine, InProcessVmm, Source
 from tests.incoming.guest import LIMIT, PAGE, Guest
 from tests.incoming.heirs import Holder, succeed
+from tests.incoming.replacing import refuse_to_load
 from tests.incoming.test_recovery import (
     CONTENT,
     PAGES,
@@ -22,7 +23,6 @@ from tests.incoming.test_recovery import (
     go_on,
     seen,
 )
-from tests.incoming.test_replaced_vmm import refuse_to_load
 from tests.incoming.test_restoring import KINDS, holder
 
 __all__ = ["holder"]  # a fixture
