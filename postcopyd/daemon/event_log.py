@@ -84,7 +84,11 @@ _KINDS: Final[dict[type[events.Event], _Kind]] = {
         "memory is missing, and has not come for a while: is the source still there?",
         "f0d2b7c64e914a0fb1c9a3e57d80264b",
     ),
-    events.StallOver: _Kind("info", "memory comes again", "6e81a95d20fc4b37924cd1f3b07e5a48"),
+    events.StallOver: _Kind(
+        "info",
+        "memory comes again, or is waited for no more",
+        "6e81a95d20fc4b37924cd1f3b07e5a48",
+    ),
     events.Resumed: _Kind(
         "info", "the source is back and goes on", "7f0c6f0b0d3e4d0f9f0e5a6c2b8d41a7"
     ),

@@ -112,7 +112,7 @@ class Stalled(msgspec.Struct, frozen=True):
 
 
 class StallOver(msgspec.Struct, frozen=True):
-    """Memory has come again, and no fault has waited for long."""
+    """Memory has come again, and no fault has waited for long; or it is waited for no more."""
 
     seconds: float
     """How long it was stalled."""

@@ -6,6 +6,7 @@ many threads wait for it. What the guest seems to need next is asked for as well
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter_ns
 
@@ -182,12 +183,17 @@ class FaultHandler:
             stage = self._stages[block.index]
             size = block.page_size
             offset = page * size
-            if not self._placer.try_run(block, offset, size, stage.address_of(offset, size)):
-                return False
-            if self.keep_staged:
-                self._placer.placed_of_staged.add(block.address + offset)
-            else:
-                stage.release(page, 1)
+            try:
+                if not self._placer.try_run(block, offset, size, stage.address_of(offset, size)):
+                    return False
+                if self.keep_staged:
+                    self._placer.placed_of_staged.add(block.address + offset)
+                else:
+                    stage.release(page, 1)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                return False  # if only what was placed could not be given back, that is known then
             return True
         # Zeros; or placed between the fault and our reading it, which the kernel says, and the
         # waiter is woken; or dropped since by somebody who is not reported (a hole in its file).

@@ -187,7 +187,8 @@ class MemoryFilling:
             done=self._caught_up,
             failed=self._fail,
         )
-        self._unstaging.go_on()
+        if self._listening:  # otherwise `go_on` begins
+            self._unstaging.go_on()
 
     def read_faults(self) -> None:
         """Read and answer what faults there are; harmless when there are none."""

@@ -504,6 +504,8 @@ class IncomingMigration:
     def _stepped(self, old: State, new: State) -> None:
         if new in WAITS_FOR_MEMORY:
             self._stall.start()
+        else:
+            self._stall.end()
         self._note()
         self._trace(events.StateChanged(old, new))
 

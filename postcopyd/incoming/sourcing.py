@@ -77,9 +77,7 @@ class Sourcing:
             self._loop,
             received=self._received_of_who_may_not_be_silent,
             may_be_silent=self._source_waits,
-            idle=lambda seconds: self.lose(
-                f"the source at {self._standing.peer} has sent nothing for {seconds:g} s"
-            ),
+            idle=self._silent,
         )
 
     # -- it comes --------------------------------------------------------------------------------
@@ -217,18 +215,24 @@ class Sourcing:
         within = f" in the middle of {reading}" if reading else ""
         peer = self._standing.peer
         reason = str(error) if told else f"the stream from {peer} broke{within}: {error}"
-        # Who has not said what he is may be a stranger, and so may he who is no source; or a source
-        # whose package has never come here, which will begin anew. The migration is to be here for
-        # its source.
-        least = {State.NONE: HEADER_LENGTH, State.PAUSED: 1}.get(self._course.state, 0)
         if isinstance(error, NotAStream):
             self.drop()
             self._connection_refused(peer or "", f"has not begun: {error}")
-        elif self._standing.link.bytes_received < least:
+        elif self._may_be_a_stranger():
             self.drop()
             self._trace(events.StreamDropped(peer or ""))
         else:
             self.lose(reason)
+
+    def _may_be_a_stranger(self) -> bool:
+        """Tell whether what is connected has not said enough to be known for the source.
+
+        It may be a source whose package has never come here, which will begin anew, or somebody
+        who is none. The migration is to be here for its source.
+        """
+        assert self._standing.link is not None
+        least = {State.NONE: HEADER_LENGTH, State.PAUSED: 1}.get(self._course.state, 0)
+        return self._standing.link.bytes_received < least
 
     def _path_over(self, reason: str) -> None:
         if self._standing.link is not None:
@@ -310,6 +314,14 @@ class Sourcing:
         if link is None or self._course.state in AFTER_SWITCHOVER:
             return None
         return link.bytes_received
+
+    def _silent(self, seconds: float) -> None:
+        peer, silence = self._standing.peer or "", f"has sent nothing for {seconds:g} s"
+        if self._may_be_a_stranger():
+            self.drop()
+            self._connection_refused(peer, f"waits for a source that speaks: this one {silence}")
+        else:
+            self.lose(f"the source at {peer} {silence}")
 
     def _source_waits(self) -> bool:
         """Tell whether the source waits for us, as one does whose pre-copy has converged."""

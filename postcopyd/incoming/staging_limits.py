@@ -47,7 +47,8 @@ class StagingLimits:
         self._pages += pages
         if limit and self._pages >= _EVERY:
             self._pages = 0
-            if sum(other._staged() for other in self._together) > limit:
+            # Who takes nothing of it, because its VMM shares the memory, cannot be too much.
+            if self._staged() and sum(other._staged() for other in self._together) > limit:
                 raise _too_much("all pre-copies have", limit, "worker_staging_mib")
 
     def leave(self) -> None:

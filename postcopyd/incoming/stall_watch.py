@@ -55,8 +55,16 @@ class StallWatch:
             self._last, self._since = self._progress(), self._loop.time()
             self._later()
 
+    def end(self) -> None:
+        """Look no more, because nothing is waited for any more; an alarm is over. Idempotent."""
+        self.stop()
+        if self._stalled_since is not None:
+            self._over(self._loop.time() - self._stalled_since)
+            self._stalled_since = None
+            self._next_alarm = self._alarm_after
+
     def stop(self) -> None:
-        """Look no more. Idempotent."""
+        """Look no more, and tell nothing. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -52,8 +52,8 @@ class Unstaging:
         return self._cursor is not None
 
     def go_on(self) -> None:
-        """Place from the next turn of the event loop on."""
-        if self._cursor is not None:
+        """Place from the next turn of the event loop on. Harmless when that is so already."""
+        if self._cursor is not None and self._turn is None:
             self._turn = self._loop.call_soon(self._place_batch)
 
     def stop(self) -> None:
@@ -74,6 +74,7 @@ class Unstaging:
 
     def _place_batch(self) -> None:
         """Place a batch, then let faults have their turn."""
+        self._turn = None
         assert self._cursor is not None
         self._cursor = self._staged_from(self._cursor)
         if self._cursor is None:

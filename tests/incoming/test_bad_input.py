@@ -301,12 +301,21 @@ async def test_what_is_here_goes_on_working_while_it_is_paused(make_engine: Make
     await asyncio.to_thread(touch.result)
 
 
-async def test_a_source_that_never_sends_is_given_up(make_engine: MakeEngine) -> None:
-    engine = make_engine(Settings(first_byte_timeout=0.05), pages=PAGES)
+@pytest.mark.parametrize("said", [b"", b"QEV", CONFIGURATION[:7]])
+async def test_who_falls_silent_before_he_is_known_for_a_source_has_to_go_and_the_source_may_come(
+    make_engine: MakeEngine, said: bytes
+) -> None:
+    engine = make_engine(Settings(first_byte_timeout=0.05, idle_timeout=0.05), pages=PAGES)
     engine.attach()
-    await engine.finish()
-    assert engine.migration.failure is not None
-    assert "has sent nothing for 0.05 s" in engine.migration.failure
+    await engine.source.send(said)
+    refused = await engine.told(events.ConnectionRefused)
+    assert refused.reason.endswith(
+        "waits for a source that speaks: this one has sent nothing for 0.05 s"
+    )
+    engine.source.close()
+    engine.source = Source(engine.connect_again(), engine.source.blocks)
+    await engine.source.send(WHOLE)
+    await engine.reach(State.RUNNING)
 
 
 async def test_a_source_that_falls_silent_before_the_package_is_given_up(

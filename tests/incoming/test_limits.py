@@ -66,6 +66,20 @@ async def test_pre_copies_that_together_bring_more_than_may_be_kept_end_one_of_t
     await first.reach(State.RUNNING)
 
 
+async def test_who_takes_nothing_of_what_all_may_have_does_not_end_for_those_who_take_it(
+    make_engine: MakeEngine,
+) -> None:
+    """That one has more than all may have by now is seen by the other one first."""
+    first = make_engine(pages=PAGES)
+    await precopied(first, 512)
+    await seen(first.source)
+    settings = Settings(staging_limit_together=1 << 20)
+    second = make_engine(pages=PAGES, shared=True, settings=settings)
+    await precopied(second, 512)
+    await second.source.switch_over({"pc.ram": [(512 * PAGE, (PAGES - 512) * PAGE)]})
+    await second.reach(State.RUNNING)
+
+
 async def test_what_has_ended_leaves_room_for_others(make_engine: MakeEngine) -> None:
     settings = Settings(staging_limit_together=3 << 20)
     first, second = (make_engine(pages=PAGES, settings=settings) for _ in range(2))

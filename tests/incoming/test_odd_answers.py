@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from postcopyd.incoming import events
 from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
+from postcopyd.incoming.unstaging import Unstaging
 from postcopyd.incoming.vmm import GuestMemory
 from postcopyd.kernel.huge_pages import free_huge_pages
 from postcopyd.wire import stream_writer
@@ -329,6 +331,67 @@ async def test_what_is_staged_is_placed_when_there_is_memory_again(
     await ends_well(engine)
     assert failed()
     assert not engine.failures
+    assert await engine.guest.content() == content
+
+
+async def test_a_fault_on_what_is_staged_is_answered_when_there_is_memory_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(pages=16)
+    content = image(16)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 16 * PAGE, PAGE))
+    await engine.source.switch_over({})
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    failed = fails_once(monkeypatch, BlockStage, "address_of", errno.ENOMEM)
+    touch = engine.guest.touch(11)
+    assert await asyncio.to_thread(touch.result) == content[11 * PAGE : 12 * PAGE]
+    assert failed()
+    engine.vmm.may_load.set()
+    await ends_well(engine)
+    assert not engine.failures
+    assert await engine.guest.content() == content
+
+
+async def test_nothing_is_placed_of_what_is_staged_between_an_error_and_the_sources_return(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the VMM has loaded meanwhile; and then it is placed once."""
+    engine = make_engine(pages=512)
+    content = image(512)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, 508 * PAGE, PAGE))
+    await engine.source.switch_over({})
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    fails_once(monkeypatch, BlockStage, "address_of", errno.EIO)
+    touch = engine.guest.touch(3)
+    await engine.reach(State.PAUSED)
+    engine.vmm.may_load.set()
+    await engine.told(events.DeviceStateLoaded)
+    batches = 0
+    place_batch = Unstaging._place_batch
+
+    def counted(self: Unstaging) -> None:
+        nonlocal batches
+        batches += 1
+        place_batch(self)
+
+    monkeypatch.setattr(Unstaging, "_place_batch", counted)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not batches
+    source = Source(engine.connect_again(), engine.source.blocks)
+    await source.send(stream_writer.received_bitmap_request("pc.ram"))
+    await go_on(source)
+    assert await asyncio.to_thread(touch.result) == content[3 * PAGE : 4 * PAGE]
+    await source.postcopy("pc.ram", content, range(508 * PAGE, 512 * PAGE, PAGE))
+    await source.end()
+    assert (await source.wait_for_shut()).status == 0
+    assert len(engine.failures) == 1
     assert await engine.guest.content() == content
 
 

@@ -116,6 +116,19 @@ async def test_a_source_that_answers_everything_but_one_fault_raises_an_alarm(
     assert await asyncio.to_thread(ignored.result) == CONTENT[3 * 4096 : 4 * 4096]
 
 
+async def test_an_alarm_is_over_when_the_migration_has_ended(make_engine: MakeEngine) -> None:
+    """Also where all that was missing came before anybody looked again."""
+    engine = await running(make_engine)
+    engine.guest.touch(3)
+    await engine.told(events.Stalled)
+    engine.migration.cancel("nobody waits any more", force=True)
+    await engine.finish()
+    await engine.told(events.StallOver)
+    assert engine.migration.report().stalled_seconds is None
+    # Nobody but the guest itself lets its threads go.
+    engine.guest.userfaultfd.unregister(engine.guest.address, engine.guest.length)
+
+
 async def test_a_source_that_repeats_what_is_here_raises_an_alarm(make_engine: MakeEngine) -> None:
     engine = await running(make_engine)
 
