@@ -6,9 +6,8 @@ import argparse
 import gc
 import json
 import math
-import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -24,7 +23,7 @@ from postcopyd.outgoing.connection import LONGEST_BREAK, SHORTEST_BREAK, Connect
 from postcopyd.outgoing.image import BlockFile, ImageError, MemoryImage
 from postcopyd.outgoing.report import Report
 from postcopyd.outgoing.source import MigrationFailed, OutgoingMigration, Settings
-from postcopyd.outgoing.tls import Tls, TlsStream
+from postcopyd.outgoing.tls import Tls
 from postcopyd.wire.address import Address
 from postcopyd.wire.device_state import wrap_device_state
 from postcopyd.wire.stream_format import SMALLEST_HOST_PAGE
@@ -188,19 +187,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _migrate(migration: OutgoingMigration, address: Address, tls: Tls | None) -> None:
     connection = await connect(address)
-    connect_again = way_back(connection, address)
-    if tls is None:
-        await migration.run(connection, connect_again)
-    else:
-        secure = tls.secure
-        await migration.run(await secure(connection), lambda: _both(connect_again, secure))
-
-
-async def _both(
-    connect_again: Callable[[], Awaitable[socket.socket]],
-    secure: Callable[[socket.socket], Awaitable[TlsStream]],
-) -> TlsStream:
-    return await secure(await connect_again())
+    secure = tls.secure if tls is not None else None
+    await migration.run(connection, way_back(connection, address), secure)
 
 
 def _progress(*, quiet: bool) -> ProgressBar | ProgressLines | None:

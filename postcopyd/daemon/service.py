@@ -232,10 +232,11 @@ class _Service:
 
     async def _leave(self) -> None:
         """Leave everything to a successor, in a moment in which that costs the guests a pause."""
+        if names := self._registry.not_to_be_broken_off:
+            get_logger().info("leaves as soon as these are further", migrations=names)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LEAVING):
-                while names := self._registry.not_to_be_broken_off:
-                    get_logger().info("leaves as soon as these are further", migrations=names)
+                while self._registry.not_to_be_broken_off:
                     self._change.clear()
                     await self._change.wait()
         self._link.leave()

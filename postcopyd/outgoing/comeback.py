@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -15,7 +16,8 @@ from postcopyd.outgoing.report import Account, Phase
 from postcopyd.outgoing.standing import Standing
 from postcopyd.outgoing.tls import NotTrusted
 
-Reconnect = Callable[[], Awaitable[Stream]]
+Reconnect = Callable[[], Awaitable[socket.socket]]
+Secure = Callable[[socket.socket], Awaitable[Stream]]
 
 _SECONDS: Final = 60.0
 """How long to try where giving up does not lose the guest."""
@@ -29,13 +31,14 @@ class Comeback:
     def __init__(
         self,
         reconnect: Reconnect,
+        secure: Secure | None,
         retry_for: float | None,
         jitter: random.Random,
         standing: Standing,
         account: Account,
         enter: Callable[[Phase, int], None],
     ) -> None:
-        """Connect with `reconnect`.
+        """Connect with `reconnect`, and make a TLS handshake with `secure` if that is given.
 
         :param retry_for: seconds that an outage may last; None for ever once the destination may
             have the guest, and for a minute before that. A minute too if everything was sent and
@@ -44,6 +47,7 @@ class Comeback:
         :param enter: called whenever that has changed.
         """
         self._reconnect = reconnect
+        self._secure = secure
         self._retry_for = retry_for
         self._backoff = Backoff(jitter)
         self._standing = standing
@@ -75,7 +79,7 @@ class Comeback:
             self._enter(Phase.RECONNECTING, 0)
             await asyncio.sleep(account.retry_seconds or 0.0)
             try:
-                connection = await self._reconnect()
+                connection = await self._connect()
             except ConnectionLost as error:
                 why = str(error)
                 if isinstance(error, NotTrusted) and not self._standing.package_sent:
@@ -89,6 +93,10 @@ class Comeback:
                 account.retry_seconds = None
                 self._enter(Phase.RECONNECTING, 0)
                 return connection
+
+    async def _connect(self) -> Stream:
+        connection = await self._reconnect()
+        return connection if self._secure is None else await self._secure(connection)
 
     def _last_words(self, broken: str, why: str, now: float) -> str:
         words = broken

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -17,7 +18,7 @@ from bitarray import bitarray
 
 from postcopyd.outgoing.attempt import Attempt, Cargo, DestinationFailed
 from postcopyd.outgoing.bandwidth import Bandwidth
-from postcopyd.outgoing.comeback import Comeback, Reconnect
+from postcopyd.outgoing.comeback import Comeback, Reconnect, Secure
 from postcopyd.outgoing.connection import (
     BREAK_AFTER,
     LONGEST_BREAK,
@@ -135,11 +136,17 @@ class OutgoingMigration:
         """Pages that had been sent when the migration began anew last."""
         self._unsent: list[bitarray] | None = None
 
-    async def run(self, connection: Stream, reconnect: Reconnect | None = None) -> Report:
-        """Migrate over `connection`, TCP, TLS or a Unix stream socket, which is taken over.
+    async def run(
+        self,
+        connection: socket.socket,
+        reconnect: Reconnect | None = None,
+        secure: Secure | None = None,
+    ) -> Report:
+        """Migrate over `connection`, TCP or a Unix stream socket, which is taken over.
 
         :param reconnect: makes another connection to the same destination after a break; raises
             `ConnectionLost` if it cannot. None to fail with the first break.
+        :param secure: makes the TLS handshake on each connection. A break in it is one like others.
         :return: the final report, when the destination has confirmed that it has everything.
         :raise MigrationFailed: if that does not come to pass.
         :raise OSError: if the image's files cannot be read.
@@ -154,6 +161,7 @@ class OutgoingMigration:
         if reconnect is not None:
             comeback = Comeback(
                 reconnect,
+                secure,
                 self._settings.retry_for,
                 self._jitter,
                 self._standing,
@@ -162,7 +170,7 @@ class OutgoingMigration:
             )
         try:
             self._report_progress()
-            await self._connections(connection, comeback)
+            await self._connections(await self._first(connection, secure, comeback), comeback)
         except (ConnectionLost, ProtocolError, DestinationFailed) as error:
             failure = account.failure = self._explain(_what(error))
             raise MigrationFailed(failure, self._standing.package_sent) from error
@@ -192,6 +200,18 @@ class OutgoingMigration:
         return account.report()
 
     # -- one connection after the other ----------------------------------------------------------
+
+    async def _first(
+        self, connection: socket.socket, secure: Secure | None, comeback: Comeback | None
+    ) -> Stream:
+        if secure is None:
+            return connection
+        try:
+            return await secure(connection)
+        except ConnectionLost as error:
+            if comeback is None or self._is_final(error):
+                raise
+            return await comeback.connection(_what(error), 0.0, progressed=False)
 
     async def _connections(self, connection: Stream, comeback: Comeback | None) -> None:
         while True:

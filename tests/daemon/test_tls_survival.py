@@ -21,6 +21,8 @@ from tests.torture.victims import Victim
 
 HALF = 1 << 20
 """Bytes of the stream, of six times as many, that come before the kill."""
+PART_OF_A_HANDSHAKE = 100
+"""Bytes of a source's first flight."""
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -86,6 +88,27 @@ async def test_after_a_kill_the_source_comes_back_over_tls_and_nobody_else_may(
         it.reach("end")
         assert it.show()["peer"].endswith(", CN=allowed,O=Tests")
         assert it.rules() == rules
+
+
+@pytest.mark.parametrize("killed", ["worker", "all"])
+async def test_a_kill_in_the_middle_of_the_first_handshake_costs_another_connection(
+    tmp_path: Path, killed: Killed
+) -> None:
+    image = Image(tmp_path / "image", seed=9)
+    with named_source(tmp_path) as it, running_guest(it.daemon, VM, "anonymous") as guest:
+        async with HoldingRelay(it.port, PART_OF_A_HANDSHAKE).listening() as relay:
+            guest.says()
+            with image.start_sending(f"tcp:127.0.0.1:{relay.port}", *it.options) as source:
+                try:
+                    async with asyncio.timeout(LIMIT):
+                        await relay.holds.wait()
+                    await within(kill, it, killed)
+                    relay.go_on()
+                    await within(assert_came_back, source)
+                finally:
+                    source.kill()
+        assert_complete(guest, image)
+        it.reach("end")
 
 
 @pytest.mark.parametrize("killed", ["worker", "all"])

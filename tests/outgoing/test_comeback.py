@@ -53,6 +53,7 @@ class Outages:
         self.account.enter(Phase.POSTCOPY)
         self._comeback = Comeback(
             tries,
+            None,
             retry_for,
             random.Random(1),
             standing or Standing(),
