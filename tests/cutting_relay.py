@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from tests.relaying import Relay
 
-How: TypeAlias = Literal["reset", "close", "half-close"]
+How: TypeAlias = Literal["reset", "close", "half-close", "stay"]
 _ABORT = struct.pack("ii", 1, 0)
 _PIECE = 1 << 16
 
@@ -26,7 +26,8 @@ class Cut:
     backward: int | None = None
     """Bytes from the destination to the source."""
     how: How = "reset"
-    """A half-close ends only the direction whose bytes have passed."""
+    """A half-close ends only the direction whose bytes have passed. At "stay" the destination sees
+    an end, and the source nothing, as long as there is the relay."""
 
 
 class CuttingRelay(Relay):
@@ -52,6 +53,9 @@ class CuttingRelay(Relay):
                 with contextlib.suppress(ConnectionError):
                     await loop.sock_connect(far, ("127.0.0.1", self._destination))
                     await self._both_ways(near, far, cut, counts)
+                    if cut.how == "stay" and self._is_over(cut, counts):
+                        far.close()
+                        await loop.create_future()
             finally:
                 self.passed.append((counts[0], counts[1]))
             if cut.how == "reset" and self._is_over(cut, counts):
@@ -66,8 +70,8 @@ class CuttingRelay(Relay):
         self, near: socket.socket, far: socket.socket, cut: Cut, counts: list[int]
     ) -> None:
         ways = {
-            asyncio.ensure_future(self._copy(near, far, cut.forward, counts, 0)),
-            asyncio.ensure_future(self._copy(far, near, cut.backward, counts, 1)),
+            asyncio.ensure_future(self._copy(near, far, cut.forward, cut.how, counts, 0)),
+            asyncio.ensure_future(self._copy(far, near, cut.backward, cut.how, counts, 1)),
         }
         try:
             while ways:
@@ -87,6 +91,7 @@ class CuttingRelay(Relay):
         reader: socket.socket,
         writer: socket.socket,
         limit: int | None,
+        how: How,
         counts: list[int],
         way: int,
     ) -> None:
@@ -99,5 +104,7 @@ class CuttingRelay(Relay):
                 break
             counts[way] += len(data)
             await loop.sock_sendall(writer, data)
+        if how == "stay" and counts[way] == limit:
+            return
         with contextlib.suppress(OSError):
             writer.shutdown(socket.SHUT_WR)

@@ -45,6 +45,10 @@ _FIRST_PING: Final = 1
 _BEFORE_PACKAGE: Final = 2
 _BEHIND_PACKAGE: Final = 4
 """The values of a QEMU's PINGs; 3 is inside of the package (qemu-wire, 4.1)."""
+_CONFIRMED_WITHIN: Final = 30.0
+"""Seconds of silence after the end of the stream that break the connection. It may be that of a
+proxy whose own to the destination has broken. A destination that only is not done yet, because its
+VMM takes long to load, does not mind that we come back."""
 
 
 class DestinationFailed(Exception):
@@ -97,6 +101,7 @@ class Attempt:
         self._acknowledged = False
         self._shut = False
         self._silence: asyncio.Timeout | None = None
+        self._may_be_silent_for = 0.0
         self.answered = False
         """True once the destination has said anything."""
         self.progressed = False
@@ -151,7 +156,7 @@ class Attempt:
             writer.ram_start(self._entries),
         )
         await connection.send([[b"".join(setup)]])
-        async with self._no_silence():
+        async with self._no_silence(cargo.break_after):
             await connection.until(lambda: self.answered)
         sent = [SentPages(block) for block in cargo.image.blocks]
         counts.precopy_passes = 0
@@ -209,7 +214,7 @@ class Attempt:
         """
         connection, standing = self._connection, self._standing
         recovery = self._recovery = Recovery(self._entries)
-        async with self._no_silence():
+        async with self._no_silence(self._cargo.break_after):
             await connection.send([[recovery.requests()]])
             await connection.until(lambda: recovery.complete or self._shut)
             if self._shut:
@@ -262,7 +267,8 @@ class Attempt:
         self._enter(Phase.POSTCOPY, schedule.remaining)
         await self._connection.send(postcopy.batches())
         self._enter(Phase.CLOSING, 0)
-        await self._connection.until(lambda: self._shut)
+        async with self._no_silence(_CONFIRMED_WITHIN):
+            await self._connection.until(lambda: self._shut)
 
     def _looked_at(self, count: int) -> None:
         self._account.phase_bytes = count
@@ -270,9 +276,9 @@ class Attempt:
     # -- the return path -------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _no_silence(self) -> AsyncIterator[None]:
-        """Lose the connection if the destination says nothing for a while."""
-        seconds = self._cargo.break_after
+    async def _no_silence(self, seconds: float) -> AsyncIterator[None]:
+        """Lose the connection if the destination says nothing for so long."""
+        self._may_be_silent_for = seconds
         try:
             async with asyncio.timeout(seconds) as self._silence:
                 yield
@@ -287,7 +293,7 @@ class Attempt:
         self.answered = True
         if self._silence is not None and not self._silence.expired():
             now = asyncio.get_running_loop().time()
-            self._silence.reschedule(now + self._cargo.break_after)
+            self._silence.reschedule(now + self._may_be_silent_for)
         for message in self._return_path.feed(data):
             self._take(message)
 

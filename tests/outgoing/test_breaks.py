@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from postcopyd.incoming.settings import Settings as IncomingSettings
 from postcopyd.incoming.states import State
-from postcopyd.outgoing import comeback
+from postcopyd.outgoing import attempt, comeback
 from postcopyd.outgoing.connecting import connect, way_back
 from postcopyd.outgoing.image import BlockFile, MemoryImage
 from postcopyd.outgoing.report import Phase, Report
@@ -412,6 +412,19 @@ async def test_a_confirmation_that_was_lost_is_said_again(make_block: MakeBlock,
     _, report = await arrives(make_block, [Cut(backward=backward - lost)])
     assert report.reconnects == 1
     assert report.pages_again == 0
+
+
+async def test_a_confirmation_that_a_proxy_has_kept_to_itself_is_asked_for_after_a_while(
+    make_block: MakeBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the connection open, so nothing else would tell that nobody is behind it."""
+    _, backward = await lengths(make_block)
+    monkeypatch.setattr(attempt, "_CONFIRMED_WITHIN", 0.3)
+    async with through_relay([Cut(backward=backward - ANSWER, how="stay")]) as run:
+        report = await run.migrate(make_block("pc.ram", CONTENT))
+        await run.check()
+    assert run.breaks == ["the destination took the connection and said nothing for 0.3 s"]
+    assert (report.reconnects, report.pages_again) == (1, 0)
 
 
 @pytest.mark.parametrize("retry_for", [0.2, None])

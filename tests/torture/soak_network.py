@@ -72,7 +72,7 @@ def network_faults(
 
 def _fault(numbers: random.Random, forward: int, backward: int) -> Fault:
     kind = numbers.choices(list(_KINDS), list(_KINDS.values()))[0]
-    # A relay that keeps the source's end open when ours has broken is not promised.
+    # A relay that keeps the source's end open when ours has broken is found out late.
     way: Way = "forward" if kind == "stale" or numbers.random() < 0.5 else "backward"
     after = numbers.randrange(forward, _SENT)
     if way == "backward":
