@@ -141,6 +141,7 @@ def _wait(arguments: argparse.Namespace) -> int:
         print_error(_PROGRAM, f"{arguments.name} has failed{reason}")
     elif state == "abandoned":
         print_error(_PROGRAM, f"{arguments.name} was abandoned: {_describe_missing(migration)}")
+        _tell_that_there_is_no_list(migration)
     else:
         print_error(_PROGRAM, f"{arguments.name} is still under way, in state {state}{reason}")
     return 1
@@ -166,7 +167,19 @@ def _abandon(arguments: argparse.Namespace) -> int:
         print(f"{arguments.name} is abandoned: {_describe_missing(migration)}")
         if migration["missing_list"]:
             print(f"They are listed in {migration['missing_list']}")
-    return 0
+    return _tell_that_there_is_no_list(migration)
+
+
+def _tell_that_there_is_no_list(migration: dict[str, Any]) -> int:
+    """Tell why a list of what is missing is not there, if so; return the exit status."""
+    if not migration["missing_list_failure"]:
+        return 0
+    print_error(
+        _PROGRAM,
+        f"the list of what is missing is not written: {migration['missing_list_failure']}",
+        f"the guest does not wait for it; postcopyctl show {migration['name']} tells how it stands",
+    )
+    return 1
 
 
 # -- tables ----------------------------------------------------------------------------------
@@ -247,6 +260,8 @@ def _facts(migration: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "missing", _describe_missing(migration)
     if migration["missing_list"]:
         yield "listed in", migration["missing_list"]
+    if migration["missing_list_failure"]:
+        yield "not listed", migration["missing_list_failure"]
     yield "received", f"{format_size(migration['received'])} of {format_size(migration['length'])}"
     yield "stream", format_size(migration["bytes_received"])
     yield (

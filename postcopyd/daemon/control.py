@@ -14,8 +14,8 @@ GET /v1/migrations/NAME/wait?timeout=SECONDS  the migration when it has ended or
 
 Both that create one take "allowed_sources"? too. A migration is the engine's report
 (`postcopyd.incoming.report.Report`) and, beside it, `listen`, `security`, `allowed_sources`,
-`handoff`, `missing_list`, `refused` and `worker`; the list leaves `missing` out. Every error is
-{"error": {"code", "message", "hint"}}.
+`handoff`, `missing_list`, `missing_list_failure`, `refused` and `worker`; the list leaves `missing`
+out. Every error is {"error": {"code", "message", "hint"}}.
 """
 
 from __future__ import annotations

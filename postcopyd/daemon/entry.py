@@ -16,7 +16,7 @@ from postcopyd.daemon.acceptor import Acceptor
 from postcopyd.daemon.certificate_names import AllowedNames
 from postcopyd.daemon.channel import Standing
 from postcopyd.daemon.gate import Gate, GateRules
-from postcopyd.daemon.missing_memory import write_list
+from postcopyd.daemon.missing_memory import MissingList
 from postcopyd.daemon.network_watch import NetworkWatch, PathWatch
 from postcopyd.daemon.sockets import address_of, remove_file_of
 from postcopyd.incoming.connection import Connection
@@ -121,9 +121,7 @@ class Entry:
         """Names in certificates that may be its source; empty for all that the configuration
         allows."""
         self._on_change = on_change
-        self._records = records
-        self.missing_list: str | None = None
-        """Path of the list of what is missing, once it was abandoned."""
+        self._missing_list = MissingList(name, records)
         self.refused: str | None = None
         """Who was refused last in its source's place, and why."""
         names = AllowedNames(allowed_sources)
@@ -240,13 +238,28 @@ class Entry:
             "security": self._gate.security,
             "allowed_sources": self.allowed_sources,
             "handoff": self.handoff,
-            "missing_list": self.missing_list,
+            "missing_list": self._missing_list.path,
+            "missing_list_failure": self._missing_list.failure,
             "refused": self.refused,
         }
 
     async def wait(self, within: float | None) -> None:
-        """Return when the migration has ended, or after `within` seconds."""
-        await asyncio.wait((self.done,), timeout=within)
+        """Return when the migration has ended, or after `within` seconds.
+
+        One that only its list of what is missing keeps, which cannot be written, has ended for who
+        waits: he is told so, and may be who can make room.
+        """
+        stuck = asyncio.create_task(self._missing_list.stuck.wait())
+        try:
+            await asyncio.wait(
+                (self.done, stuck), timeout=within, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            stuck.cancel()
+
+    def give_up_list(self, because: str) -> None:
+        """Let a list of what is missing that cannot be written now keep the migration no more."""
+        self._missing_list.give_up(because)
 
     def _trace(self, event: Event) -> None:
         event_log.log_event(self.name, event)
@@ -256,15 +269,9 @@ class Entry:
             self.refused = f"{event.peer}: {event.reason}"
         self._on_change()
 
-    async def _list_what_is_missing(self, ranges: Iterator[MissingRange]) -> None:
+    async def _list_what_is_missing(self, ranges: Callable[[], Iterator[MissingRange]]) -> None:
         assert self._migration is not None
-        try:
-            path = await write_list(self._records, self._migration.report(), ranges)
-        except OSError as error:
-            event_log.log_no_list(self.name, str(error))
-        else:
-            self.missing_list = str(path)
-            event_log.log_list(self.name, self.missing_list)
+        await self._missing_list.write(self._migration.report(), ranges)
 
     def _watch_path(self) -> None:
         """Watch the path of the stream that there is now, and go on when that has broken.

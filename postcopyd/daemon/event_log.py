@@ -186,13 +186,27 @@ def log_list(name: str, path: str) -> None:
     )
 
 
-def log_no_list(name: str, reason: str) -> None:
-    """Log that there is no list of what never came but the daemon's own."""
+def log_list_waits(name: str, reason: str, least_bytes: int) -> None:
+    """Log that there is no list yet of what never came, and what to do."""
     get_logger().error(
-        "the list of what is missing cannot be written: postcopyctl show --json has it, until the "
-        "migration is forgotten",
+        "the list of what is missing cannot be written: make room for it. It is tried again, and "
+        "the migration is kept until then; its guest does not wait for it",
         migration=name,
         reason=reason,
+        least_bytes=least_bytes,
+        message_id=MISSING_LIST_ID,
+    )
+
+
+def log_list_given_up(name: str, reason: str, because: str, ranges: int) -> None:
+    """Log that there will never be a list of what never came."""
+    get_logger().error(
+        "the list of what is missing is given up: which memory it is cannot be told any more, but "
+        "for the first 1000 ranges in the migration's report, as long as there is that",
+        migration=name,
+        reason=reason,
+        because=because,
+        ranges=ranges,
         message_id=MISSING_LIST_ID,
     )
 

@@ -66,6 +66,7 @@ class HeldMigration:
             "allowed_sources": (),
             "handoff": None,
             "missing_list": None,
+            "missing_list_failure": None,
             "refused": None,
         }
 

@@ -245,6 +245,8 @@ class Registry:
     async def abandon(self, name: str, force: bool) -> Entry:
         """Give up what has not come of a migration, and return it when it has ended.
 
+        Or when only the list of what is missing keeps it, which cannot be written.
+
         :param force: also when there is a source.
         :raise RegistryError: no-such-migration, cannot-abandon. Nothing has changed then.
         """
@@ -272,7 +274,8 @@ class Registry:
 
         A cancelled one has ended when this returns, and stays listed.
 
-        :param force: also when its source cannot take the guest back, which is lost then.
+        :param force: also when its source cannot take the guest back, which is lost then; or, when
+            it was abandoned, if with it the list of what is missing is lost.
         :raise RegistryError: no-such-migration, past-the-package.
         """
         entry = self.get(name)
@@ -289,7 +292,17 @@ class Registry:
                     str(error),
                     "wait for its end, or cancel it with force to give the guest up",
                 ) from error
+        elif force:
+            entry.give_up_list("cancelled by an operator")
         await entry.wait(None)
+        if entry.migration is not None:
+            raise RegistryError(
+                "past-the-package",
+                f"migration {name!r} has ended, but for the list of what is missing, which cannot "
+                "be written yet",
+                f"make room for it (postcopyctl show {name} tells where), or cancel with force to "
+                "give the list up",
+            )
         return entry
 
     @property
@@ -319,11 +332,15 @@ class Registry:
     async def stop(self, wait: bool) -> None:
         """Take nothing new, end what can be ended, and return when all has ended.
 
+        No list of what is missing is waited for that cannot be written: nobody would keep for a
+        successor what it is written from.
+
         :param wait: for the migrations whose source cannot take the guest back, and until those
             that are only held are released. Otherwise they are given up.
         """
         self._stopping = True
         for entry in self.running:
+            entry.give_up_list("postcopyd is being stopped")
             migration = entry.migration
             if migration is None or migration.state.ended:
                 continue

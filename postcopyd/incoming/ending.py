@@ -21,11 +21,12 @@ from postcopyd.incoming.states import State
 from postcopyd.incoming.tasks import Tasks
 from postcopyd.incoming.vmm import Vmm
 
-ListMissing = Callable[[Iterator[MissingRange]], Awaitable[None]]
-"""Keeps a list of all that is missing for ever, which is given in order."""
+ListMissing = Callable[[Callable[[], Iterator[MissingRange]]], Awaitable[None]]
+"""Keeps a list of all that is missing for ever. It is given in order, as often as it is asked for:
+what could not be written is written again from its begin."""
 
 
-async def list_nowhere(_: Iterator[MissingRange]) -> None:
+async def list_nowhere(_: Callable[[], Iterator[MissingRange]]) -> None:
     """Keep no list."""
 
 
@@ -158,9 +159,10 @@ class Ending:
         self._tasks.begin(self._say_that_no_more_comes())
 
     async def _say_that_no_more_comes(self) -> None:
-        await self._list_missing(self._recipient.filling.holdings.missing_ranges())
+        # The VMM first: nobody knows when there is room for the list.
         if self._recipient.vmm is not None:
             await self._recipient.vmm.complete(self._standing.missing.length)
+        await self._list_missing(self._recipient.filling.holdings.missing_ranges)
         self._release()
 
     # -- failed ----------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ class IncomingMigration:
         :param estate: where it leaves what a successor needs, and what a predecessor has left:
             `restore` follows then. It is closed with the migration.
         :param list_missing: given all that is missing, in order, when it is abandoned: a report
-            names the first `MOST_RANGES` only. The migration ends when it returns.
+            names the first `MOST_RANGES` only. When it returns everything is given back, and not
+            before; the VMM does not wait for it.
         :raise OSError: if the kernel has no eventfd or no memory to give.
         :raise JournalUnreadable: if a predecessor has left a journal that cannot be read.
         """

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from postcopyd.kernel.injection import Injector, inject
+from postcopyd.kernel.open_files import is_same
 from postcopyd.kernel.processes import pidfd_getfd, pidfd_open
 from postcopyd.kernel.system_calls import failure
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd, is_userfaultfd
@@ -68,14 +69,24 @@ class AdoptedProcess:
     def release(self) -> None:
         """Have it close its copy, unless it has exited or cannot be stopped. Blocks.
 
-        Only when nothing is registered any more: what waits would go on with zeros.
+        Only when nothing is registered any more: what waits would go on with zeros. Harmless if it
+        has closed it already: a predecessor of this process may have asked for that long ago.
         """
 
         def work(injector: Injector) -> None:
-            injector.call("close", self.descriptor)
+            if self._has_its_copy():
+                injector.call("close", self.descriptor)
 
         with contextlib.suppress(OSError):
             _inject(self.pid, self.pidfd, work)
+
+    def _has_its_copy(self) -> bool:
+        """Tell whether the number is not that of something else by now."""
+        there = pidfd_getfd(self.pidfd, self.descriptor)
+        try:
+            return is_same(there, self.userfaultfd.fileno())
+        finally:
+            os.close(there)
 
     def close(self) -> None:
         """Close our descriptors; what it has stays open. Idempotent."""

@@ -225,6 +225,27 @@ def test_what_never_came_can_be_given_up_and_is_listed(
     assert "has ended" in ctl("abandon", "vm0", status=3)
 
 
+def test_a_list_that_cannot_be_written_is_told_of_until_it_is(
+    ctl: Ctl, daemon: RunningDaemon
+) -> None:
+    in_its_way = daemon.directory / "records" / "unlisted.unfinished"
+    in_its_way.mkdir()
+    with guest_that_lives_here(daemon, "unlisted") as (vmm, source):
+        source.close()
+        wait_until(lambda: daemon.client.show("unlisted")["state"] == "paused")
+        told = ctl("abandon", "unlisted", status=1)
+        assert told.startswith("unlisted is abandoned: 64.0 KiB in 1 range never came")
+        not_written = "the list of what is missing is not written: "
+        assert f"{not_written}{in_its_way}: Is a directory; tried again" in told
+        vmm.destination.wait_for_completion(LIMIT)
+    assert "not listed" in ctl("show", "unlisted")
+    assert not_written in ctl("wait", "unlisted", status=1)
+    assert "to give the list up" in ctl("cancel", "unlisted", status=3)
+    in_its_way.rmdir()
+    wait_until(lambda: daemon.client.show("unlisted")["missing_list"])
+    assert not_written not in ctl("wait", "unlisted", status=1)
+
+
 # -- what programs read ------------------------------------------------------------------------
 
 

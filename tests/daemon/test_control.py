@@ -92,7 +92,7 @@ async def test_a_report_shows_all_that_the_engine_tells(api: Api, hosted: Hosted
     assert entry.migration is not None
     shown = await api.ask("show", "vm0")
     beside = {"listen", "security", "allowed_sources", "handoff", "missing_list"}
-    beside |= {"refused", "worker"}
+    beside |= {"missing_list_failure", "refused", "worker"}
     assert set(shown) == set(entry.migration.report().__struct_fields__) | beside
     assert shown["state"] == "listening"
     assert shown["blocks"][0]["length"] == LENGTH

@@ -172,6 +172,21 @@ def test_a_release_closes_the_copy_there(adopted: Adopted) -> None:
     assert adopted.read(5) == 6
 
 
+def test_a_release_closes_nothing_that_has_got_the_number_since(adopted: Adopted) -> None:
+    process, ours = adopted.process, adopted.process.userfaultfd
+    adopt_again = adopt(process.pid, Feature.THREAD_ID)
+    # As one whose own copy was closed for a predecessor, and whose number is another's by now.
+    mistaken = AdoptedProcess(process.pid, process.pidfd, ours, adopt_again.descriptor)
+    before = adopted.target.descriptors()
+    mistaken.release()
+    assert adopted.target.descriptors() == before
+    process.release()
+    assert len(adopted.target.descriptors()) == len(before) - 1
+    process.release()
+    assert len(adopted.target.descriptors()) == len(before) - 1
+    adopt_again.close()
+
+
 def test_an_exit_is_seen_and_told(adopted: Adopted) -> None:
     assert select.select([adopted.process.pidfd], [], [], 0)[0] == []
     os.kill(adopted.target.pid, signal.SIGKILL)
