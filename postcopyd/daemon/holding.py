@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from postcopyd.daemon.logging import get_logger
 from postcopyd.daemon.notify import ServiceManager
 from postcopyd.kernel import memory_file, open_files
 
@@ -96,14 +97,24 @@ class Holding:
 
         A memory file is opened once more: a VMM may have several blocks in one. Of anything else
         the service manager drops the other name, which is on its way out: that of a VMM that takes
-        another's place (`postcopyd.incoming.replacing`).
+        another's place (`postcopyd.incoming.replacing`). One that its owner lets nobody open again
+        only we keep: that is his own loss.
 
         :raise OSError: if there is no descriptor for a memory file.
         """
         for name in self._by_file.get(_file_of(owner, descriptor), ()):
             if open_files.is_same(self._held[owner, name], descriptor):
                 if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    again = memory_file.open_again(descriptor)
+                    try:
+                        again = memory_file.open_again(descriptor)
+                    except PermissionError as error:
+                        get_logger().warning(
+                            "the service manager keeps a memory file once only: if all of "
+                            "postcopyd is killed, the migration may not be gone on with",
+                            migration=owner,
+                            reason=f"it cannot be opened again: {error.strerror}",
+                        )
+                        return descriptor
                     os.close(descriptor)
                     return again
                 number = self._numbers.pop((owner, name), None)

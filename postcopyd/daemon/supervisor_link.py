@@ -7,7 +7,7 @@ import itertools
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
 import msgspec
@@ -301,16 +301,19 @@ class SupervisorLink:
 
     def keeper(self, owner: str) -> MigrationKeeper:
         """Return who keeps what a migration leaves."""
-        return MigrationKeeper(owner, self._send)
+        return MigrationKeeper(owner, self._send, self.settled)
 
 
 class MigrationKeeper:
     """`postcopyd.incoming.estate.Keeper` with the supervisor."""
 
-    def __init__(self, owner: str, send: Callable[..., None]) -> None:
+    def __init__(
+        self, owner: str, send: Callable[..., None], settled: Callable[[], Awaitable[None]]
+    ) -> None:
         """Keep for the migration of that name."""
         self._owner = owner
         self._send = send
+        self._settled = settled
 
     def keep(self, name: str, descriptor: int) -> None:
         """Have the supervisor hold a copy of `descriptor`."""
@@ -323,3 +326,7 @@ class MigrationKeeper:
     def forget(self) -> None:
         """Have it let go of everything."""
         self._send(channel.Forgotten(self._owner))
+
+    async def settled(self) -> None:
+        """Return when the service manager has what was to be kept so far."""
+        await self._settled()

@@ -29,6 +29,9 @@ class Keeper(Protocol):
     def forget(self) -> None:
         """Let go of everything."""
 
+    async def settled(self) -> None:
+        """Return when what was to be kept so far outlives us; too early where that takes long."""
+
 
 class Estate:
     """The descriptors of one migration that a successor needs, and those of a predecessor."""
@@ -97,6 +100,11 @@ class Estate:
         descriptor = self.take(name)
         if descriptor is not None:
             os.close(descriptor)
+
+    async def settled(self) -> None:
+        """Return when all that was left so far outlives this process and who keeps it."""
+        if self._keeper is not None:
+            await self._keeper.settled()
 
     def settle(self) -> None:
         """Leave nothing any more: what it was for has ended. Idempotent."""

@@ -85,6 +85,8 @@ class Recipient:
         self.vmm: Vmm | None = None
         """None before one has come, and while one that did not load has none in its place."""
         self._replacement: Replacement | None = None
+        self._has_moved = False
+        """True once a VMM has taken another's place, and not begun to load."""
         self.attached = asyncio.Event()
         self._filling: MemoryFilling | None = None
         self._assemblers: tuple[Assembler, Assembler] | None = None
@@ -257,6 +259,7 @@ class Recipient:
         except (OSError, ValueError) as error:
             raise VmmFailure(f"what is here cannot be given to it: {error}") from error
         self._replacement = None
+        self._has_moved = True
         if self._blocktime is not None:
             self._blocktime.rename(self._the_vmm().thread_names)
 
@@ -432,6 +435,7 @@ class Recipient:
         :return: the values of the PINGs that report it.
         :raise VmmFailure: if the VMM does not load them; another one may.
         """
+        await self._settled()
         pings = await self.loading.run(self._the_vmm())
         self._runs(perf_counter())
         return pings
@@ -446,8 +450,18 @@ class Recipient:
 
     async def load_converged(self) -> None:
         """Have the VMM load its devices as they come. As `load`."""
+        await self._settled()
         await self.loading.run_converged(self._the_vmm())
         self._runs(perf_counter())
+
+    async def _settled(self) -> None:
+        """Return when a VMM that has taken another's place may become the guest.
+
+        The first one has been told that it is taken when everything was settled already.
+        """
+        if self._has_moved:
+            self._has_moved = False
+            await self._estate.settled()
 
     def _runs(self, since: float) -> None:
         self.loaded_at = since

@@ -17,6 +17,7 @@ from functools import partial
 import msgspec
 
 from postcopyd.incoming.vmm import GuestMemory, HandedBlock
+from postcopyd.kernel import open_files
 from postcopyd.kernel.userfaultfd import Userfaultfd
 from postcopyd.vmm import checks
 from postcopyd.vmm.checks import HandoffRefused
@@ -326,6 +327,15 @@ async def _readable(loop: asyncio.AbstractEventLoop, connection: socket.socket) 
         loop.remove_reader(connection.fileno())
 
 
+def _first_of(descriptors: Sequence[int], number: int) -> int:
+    """Return the first of those memory files that are one open file with that of this number.
+
+    It is left to a successor once: a service manager keeps no open file by two names.
+    """
+    descriptor = descriptors[number]
+    return next(one for one in descriptors[1:] if open_files.is_same(one, descriptor))
+
+
 def _native_blocks(content: Handoff, descriptors: Sequence[int]) -> tuple[HandedBlock, ...]:
     named = {0}
     blocks = []
@@ -349,7 +359,7 @@ def _native_blocks(content: Handoff, descriptors: Sequence[int]) -> tuple[Handed
                 address=block.address,
                 length=block.length,
                 page_size=block.page_size,
-                memory_file=None if number is None else descriptors[number],
+                memory_file=None if number is None else _first_of(descriptors, number),
                 file_offset=block.file_offset,
             )
         )

@@ -74,6 +74,22 @@ def test_one_file_by_two_names_is_not_the_same_to_the_manager(holding: Holding) 
     assert os.path.samestat(os.fstat(one), os.fstat(other))
 
 
+def test_a_file_that_may_not_be_opened_again_is_kept_by_us_alone_and_its_migration_is_named(
+    holding: Holding, manager: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = memory_file.create("ram", 4096)
+    os.fchmod(file, 0)
+    copy = os.dup(file)
+    holding.hold("vm0", "memory-file-0", file)
+    os.seteuid(65534)
+    try:
+        holding.hold("vm0", "vmm-1-memory-file-0", copy)
+    finally:
+        os.seteuid(0)
+    assert [descriptor for _, _, descriptor in holding] == [file, copy]
+    assert "the service manager keeps a memory file once only" in "".join(capsys.readouterr())
+
+
 def test_what_can_be_opened_but_once_is_kept_by_its_last_name(
     holding: Holding, manager: Recorder
 ) -> None:

@@ -35,6 +35,9 @@ class Kept:
     def forget(self) -> None:
         self.forgotten = True
 
+    async def settled(self) -> None:
+        pass
+
 
 def listener() -> int:
     return socket.create_server(("127.0.0.1", 0)).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from postcopyd.incoming.ending import ListMissing, list_nowhere
@@ -19,6 +20,8 @@ class Holder:
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
+        self.may_settle = asyncio.Event()
+        self.may_settle.set()
 
     def keep(self, name: str, descriptor: int) -> None:
         self.release(name)
@@ -31,6 +34,9 @@ class Holder:
     def forget(self) -> None:
         for name in list(self.held):
             self.release(name)
+
+    async def settled(self) -> None:
+        await self.may_settle.wait()
 
     def copies(self) -> dict[str, int]:
         """What a successor is handed."""

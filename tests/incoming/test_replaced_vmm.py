@@ -19,6 +19,7 @@ from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
 from tests.incoming.engine import MACHINE, InProcessVmm, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE
+from tests.incoming.heirs import Holder
 from tests.incoming.replacing import (
     KINDS,
     MakeEngine,
@@ -67,6 +68,28 @@ async def test_what_has_come_is_moved_over_and_the_rest_goes_to_the_new_one(
     assert Pong(3) in engine.source.messages
     assert await vmm.guest.content() == content
     assert engine.migration.failure is None
+
+
+async def test_it_may_not_become_the_guest_before_what_is_left_of_it_outlives_us(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    holder = Holder()
+    engine = make_engine(pages=256, keeper=holder)
+    content = image(256)
+    await half_way(engine, content)
+    await refuse_to_load(engine)
+    holder.may_settle.clear()
+    vmm = InProcessVmm(make_guest(pages=256))
+    engine.migration.attach_vmm(vmm)
+    await engine.reach(State.LISTENING)
+    await seen(engine.source)
+    assert "run" not in vmm.told
+    holder.may_settle.set()
+    await engine.reach(State.RUNNING)
+    await engine.source.postcopy("pc.ram", content, range(128 * PAGE, 256 * PAGE, PAGE))
+    await engine.source.end()
+    assert await engine.source.wait_for_shut() == Shut(0)
+    assert await vmm.guest.content() == content
 
 
 @pytest.mark.parametrize(("first", "second"), KINDS.values(), ids=KINDS.keys())

@@ -249,6 +249,23 @@ async def test_a_memory_file_that_is_right(handoffs: Handoffs, file_offer: Offer
         assert block.file_offset == PAGE
 
 
+async def test_a_memory_file_that_comes_twice_is_taken_once(
+    handoffs: Handoffs, file_offer: Offer
+) -> None:
+    """A service manager keeps no open file by two names, and this one lets nobody open it again."""
+    os.fchmod(file_offer.descriptors[1], 0)
+    os.ftruncate(file_offer.descriptors[1], 21 * PAGE)
+    file_offer.message["blocks"][1].update(memory_file=2, file_offset=17 * PAGE)
+    file_offer.descriptors.append(file_offer.descriptors[1])
+    with RawPeer(handoffs.path) as peer:
+        file_offer.send(peer)
+        vmm = await handoffs.native_vmm()
+        one, other = (block.memory_file for block in vmm.memory.blocks)
+        assert one == other
+        assert list(vmm.descriptors).count("memory-file-0") == 1
+        assert "memory-file-1" not in vmm.descriptors
+
+
 async def test_a_memory_file_that_is_too_small(handoffs: Handoffs, file_offer: Offer) -> None:
     file_offer.ram.update(file_offset=2 * PAGE)
     reason = await refused(handoffs, file_offer)
