@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,7 +176,8 @@ class Entry:
         """
         migration = self._migration
         assert migration is not None
-        migration.restore(restore_vmm)
+        unheard = partial(event_log.log_vmm_unheard, self.name)
+        migration.restore(partial(restore_vmm, unheard=unheard))
         if isinstance(migration.vmm, NativeVmm):
             # The predecessor may have been killed before it could say so.
             migration.vmm.registered(self.name, self.listen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from typing import Final
 
@@ -20,7 +20,7 @@ from postcopyd.vmm.checks import HandoffRefused, check_blocks, prove_mapped
 from postcopyd.vmm.qemu_facts import QemuFacts
 from postcopyd.vmm.qemu_feed import Feed, FeedFailure, FeedRefused, offer_feed, withdraw_feed
 from postcopyd.vmm.qemu_memory import FoundMemory, find_memory
-from postcopyd.vmm.qemu_monitor import MonitorFailure, MonitorSilent, QemuMonitor
+from postcopyd.vmm.qemu_monitor import MonitorFailure, QemuMonitor
 
 _KEEPS_PROCESS: Final = (9, 1, 0)
 """Since when migrate-incoming has exit-on-error."""
@@ -32,8 +32,8 @@ _LOOK: Final = 0.001
 _LONGEST_LOOK: Final = 0.1
 """Seconds between two looks at whether QEMU runs: from the first to the last."""
 
-
 KIND: Final = "qemu"
+Unheard = Callable[[str | None], None]
 
 
 class QemuRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,17 +61,21 @@ class QemuVmm:
         process: AdoptedProcess,
         found: FoundMemory,
         resources: ExitStack,
+        unheard: Unheard | None = None,
     ) -> None:
         """Take over `resources`, which close the memory files, and all the others.
 
         :param monitor: its session; or the path of its socket, if a predecessor of this process
             had the session. QEMU may have been fed by that one, then.
         :param within: seconds for each of QEMU's answers.
+        :param unheard: told why it cannot be found out whether a QEMU that was fed runs, and None
+            when it can be again.
         """
         self._facts = facts
         self._session = monitor if isinstance(monitor, QemuMonitor) else None
         self._monitor_path = monitor if isinstance(monitor, str) else monitor.path
         self._within = within
+        self._unheard = unheard or (lambda _: None)
         self._process = process
         self._found = found
         self._resources = resources
@@ -195,25 +199,35 @@ class QemuVmm:
         """Return when QEMU has loaded what a predecessor of this process has fed it.
 
         If it was fed everything it becomes the guest, and it may wait for memory, and not answer,
-        until the source is back. So it counts as lost only when it cannot load any more.
+        until the source is back; or its monitor is somebody else's, or broken. So it counts as lost
+        only when it says that it cannot load any more, or has exited.
 
         :raise VmmFailure: if so: the feed ended with the predecessor, in the middle.
         """
         pause = _LOOK
-        try:
-            while True:
-                with contextlib.suppress(MonitorSilent):
-                    monitor = await self._monitor()
-                    incoming = await monitor.execute("query-migrate", within=None)
-                    if (await self._status())["status"] != "inmigrate":
-                        return
-                    if incoming.get("status") not in _LOADS:
-                        break
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_LOOK)
-        except MonitorFailure as error:
-            raise VmmFailure(f"postcopyd was killed while it fed QEMU: {error}") from error
-        raise VmmFailure("postcopyd was killed while it fed QEMU")
+        heard = True
+        while not self._gone.is_set():
+            try:
+                monitor = await self._monitor()
+                incoming = await monitor.execute("query-migrate", within=None)
+                status = (await self._status())["status"]
+            except MonitorFailure as error:
+                await self._close_monitor()
+                self._session = None
+                if heard:
+                    self._unheard(str(error))
+                heard = False
+            else:
+                if not heard:
+                    self._unheard(None)
+                heard = True
+                if status != "inmigrate":
+                    return
+                if incoming.get("status") not in _LOADS:
+                    raise VmmFailure("postcopyd was killed while it fed QEMU")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_LOOK)
+        raise VmmFailure("postcopyd was killed while it fed QEMU, which has exited since")
 
     async def _monitor(self) -> QemuMonitor:
         if self._session is None:
@@ -321,9 +335,12 @@ class QemuVmm:
         self._gone.set()
 
 
-def restore_qemu(inherited: InheritedVmm, *, within: float = 10.0) -> QemuVmm:
+def restore_qemu(
+    inherited: InheritedVmm, unheard: Unheard | None = None, *, within: float = 10.0
+) -> QemuVmm:
     """Go on with a QEMU that a predecessor of this process has adopted; takes over `inherited`.
 
+    :param unheard: as `QemuVmm`.
     :param within: seconds for each of QEMU's answers.
     :raise msgspec.MsgspecError: if the facts are not such.
     :raise KeyError: if its pidfd was not left.
@@ -338,7 +355,7 @@ def restore_qemu(inherited: InheritedVmm, *, within: float = 10.0) -> QemuVmm:
     )
     found = FoundMemory(memory.blocks, record.huge_page_ranges)
     resources = inherited.resources.pop_all()
-    return QemuVmm(record.facts, record.monitor, within, process, found, resources)
+    return QemuVmm(record.facts, record.monitor, within, process, found, resources, unheard)
 
 
 async def adopt_qemu(monitor: str, *, within: float = 10.0) -> QemuVmm:

@@ -24,10 +24,6 @@ class MonitorFailure(Exception):
     """The monitor cannot be used, or QEMU has refused a command; the text says which and why."""
 
 
-class MonitorSilent(MonitorFailure):
-    """Nobody answers, or not in time: QEMU may wait for its memory, or serve another client."""
-
-
 class QemuMonitor:
     """One QMP session. QEMU serves one client on each of its monitors."""
 
@@ -43,8 +39,8 @@ class QemuMonitor:
 
         :param path: of the Unix socket.
         :param within: seconds until the session has begun.
-        :raise MonitorFailure: if there is nobody, or somebody who does not speak QMP.
-        :raise MonitorSilent: if it has not begun by then.
+        :raise MonitorFailure: if there is nobody, somebody who does not speak QMP, or if it has not
+            begun by then.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -77,7 +73,7 @@ class QemuMonitor:
         except ExecuteError as error:
             raise MonitorFailure(f"QEMU refuses {command}: {error}") from error
         except TimeoutError:
-            raise MonitorSilent(f"QEMU has not answered {command} within {within:g} s") from None
+            raise MonitorFailure(f"QEMU has not answered {command} within {within:g} s") from None
         except (QMPError, EOFError, OSError) as error:
             raise MonitorFailure(
                 f"QEMU's monitor at {self.path} broke off at {command}: {_text_of(error)}"
@@ -134,7 +130,7 @@ async def _begin(path: str, connection: socket.socket, within: float) -> QMPClie
             _check_connected(connection)
             await client.connect(copy)
     except (TimeoutError, _NobodyAccepts):
-        raise MonitorSilent(
+        raise MonitorFailure(
             f"{path}: no greeting within {within:g} s. Another client may hold this monitor: give "
             "QEMU one of our own (-qmp unix:PATH,server=on,wait=off)"
         ) from None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,27 +29,40 @@ LOAD = cast(DeviceLoad, None)  # a predecessor has fed it
 
 
 @pytest.fixture
-async def vmm(tmp_path: Path) -> AsyncIterator[QemuVmm]:
+def unheard() -> list[str | None]:
+    """What was told of a monitor that does not answer."""
+    return []
+
+
+@pytest.fixture
+async def vmm(tmp_path: Path, unheard: list[str | None]) -> AsyncIterator[QemuVmm]:
     """What a successor has of a QEMU; its process is this one."""
     pidfd = pidfd_open(os.getpid())
     process: Any = SimpleNamespace(pidfd=pidfd, userfaultfd=None, close=lambda: os.close(pidfd))
     vmm = QemuVmm(
-        cast(Any, None), str(tmp_path / "qmp"), SOON, process, FoundMemory((), ()), ExitStack()
+        *(cast(Any, None), str(tmp_path / "qmp"), SOON, process, FoundMemory((), ()), ExitStack()),
+        unheard=unheard.append,
     )
     yield vmm
     vmm.close()
 
 
 @contextlib.asynccontextmanager
-async def monitor(path: Path, silent: int, answers: list[tuple[str, str]]) -> AsyncIterator[None]:
+async def monitor(
+    path: Path, silent: int, answers: list[tuple[str, str]]
+) -> AsyncIterator[Callable[[], None]]:
     """A monitor that first says nothing to so many clients, and then how it stands.
+
+    What it yields breaks off all sessions.
 
     :param answers: the status of the migration and of the machine; the last one for ever.
     """
     left = silent
+    sessions: list[asyncio.StreamWriter] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal left
+        sessions.append(writer)
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             if left:
                 left -= 1
@@ -69,8 +82,13 @@ async def monitor(path: Path, silent: int, answers: list[tuple[str, str]]) -> As
                 writer.write(json.dumps(answer).encode() + b"\n")
 
     server = await asyncio.start_unix_server(serve, path)
+
+    def break_off() -> None:
+        for writer in sessions:
+            writer.close()
+
     try:
-        yield
+        yield break_off
     finally:
         server.close()
 
@@ -105,6 +123,40 @@ async def test_a_qemu_that_loads_no_more_is_of_no_use(
         await vmm._close_monitor()
 
 
-async def test_a_qemu_whose_monitor_has_gone_is_of_no_use(vmm: QemuVmm) -> None:
-    with pytest.raises(VmmFailure, match="was killed while it fed QEMU"):
+async def test_a_qemu_whose_monitor_has_gone_is_waited_for_as_long_as_it_lives(
+    vmm: QemuVmm, tmp_path: Path, unheard: list[str | None]
+) -> None:
+    """It may be the guest, and nobody else must be given that. Why that is not known is told."""
+    running = asyncio.create_task(vmm.run(LOAD))
+    async with asyncio.timeout(LIMIT):
+        while not unheard:
+            await asyncio.sleep(0.01)
+    assert unheard == [f"{tmp_path / 'qmp'}: No such file or directory"]
+    async with monitor(tmp_path / "qmp", 0, [("completed", "running")]):
+        await asyncio.wait_for(running, LIMIT)
+        await vmm._close_monitor()
+    assert unheard[1:] == [None]
+
+
+async def test_a_qemu_whose_session_breaks_is_asked_in_another_one(
+    vmm: QemuVmm, tmp_path: Path, unheard: list[str | None]
+) -> None:
+    answers = [("setup", "inmigrate"), ("active", "inmigrate")]
+    async with asyncio.timeout(LIMIT):
+        async with monitor(tmp_path / "qmp", 0, answers) as break_off:
+            running = asyncio.create_task(vmm.run(LOAD))
+            while len(answers) > 1:
+                await asyncio.sleep(0.01)
+            break_off()
+        (tmp_path / "qmp").unlink()
+        async with monitor(tmp_path / "qmp", 0, [("completed", "paused")]):
+            await running
+            await vmm._close_monitor()
+    assert any("broke off" in str(reason) for reason in unheard)
+    assert unheard[-1] is None
+
+
+async def test_a_qemu_that_has_exited_is_of_no_use(vmm: QemuVmm) -> None:
+    vmm._exited()
+    with pytest.raises(VmmFailure, match="while it fed QEMU, which has exited since"):
         await asyncio.wait_for(vmm.run(LOAD), LIMIT)
