@@ -68,22 +68,34 @@ class Holding:
         """Hold `descriptor`, which is taken over, in the place of what was held so before.
 
         :raise OSError: if there is no descriptor for the service manager. It is closed then, and
-            what was held stays.
+            what was held stays, with the service manager too.
         """
         if self._is_same(owner, name, descriptor):
             os.close(descriptor)
             return
-        try:
-            descriptor = self._own_open_file(owner, descriptor)
-        except OSError:
-            os.close(descriptor)
-            raise
         number = self._numbers.get((owner, name), 0) + 1
+        copies = self._copies(owner, descriptor)
         try:
-            self._manager.store(_stored_name(owner, name, number), descriptor)
+            if copies and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                again = _opened_again(owner, descriptor)
+                if again is not None:
+                    os.close(descriptor)
+                    descriptor, copies = again, []
+            dropped = {
+                other: self._numbers[owner, other]
+                for other in copies
+                if (owner, other) in self._numbers
+            }
+            self._manager.store(
+                _stored_name(owner, name, number),
+                descriptor,
+                [_stored_name(owner, *other) for other in dropped.items()],
+            )
         except OSError:
             os.close(descriptor)
             raise
+        for other in dropped:
+            del self._numbers[owner, other]
         self.release(owner, name)
         self._put(owner, name, descriptor)
         self._numbers[owner, name] = number
@@ -92,35 +104,18 @@ class Holding:
         held = self._held.get((owner, name))
         return held is not None and open_files.is_same(held, descriptor)
 
-    def _own_open_file(self, owner: str, descriptor: int) -> int:
-        """Return what the service manager does not ignore because of another name of that owner.
+    def _copies(self, owner: str, descriptor: int) -> list[str]:
+        """Return the other names of that owner because of which the service manager ignores it.
 
-        A memory file is opened once more: a VMM may have several blocks in one. Of anything else
-        the service manager drops the other name, which is on its way out: that of a VMM that takes
-        another's place (`postcopyd.incoming.replacing`). One that its owner lets nobody open again
-        only we keep: that is his own loss.
-
-        :raise OSError: if there is no descriptor for a memory file.
+        A memory file is opened once more: a VMM that takes another's place may have the same, and
+        until it has everything the names of both count (`postcopyd.incoming.replacing`). Anything
+        else is kept by its new name instead, because the other one is on its way out.
         """
-        for name in self._by_file.get(_file_of(owner, descriptor), ()):
-            if open_files.is_same(self._held[owner, name], descriptor):
-                if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    try:
-                        again = memory_file.open_again(descriptor)
-                    except PermissionError as error:
-                        get_logger().warning(
-                            "the service manager keeps a memory file once only: if all of "
-                            "postcopyd is killed, the migration may not be gone on with",
-                            migration=owner,
-                            reason=f"it cannot be opened again: {error.strerror}",
-                        )
-                        return descriptor
-                    os.close(descriptor)
-                    return again
-                number = self._numbers.pop((owner, name), None)
-                if number is not None:
-                    self._manager.unstore(_stored_name(owner, name, number))
-        return descriptor
+        return [
+            name
+            for name in self._by_file.get(_file_of(owner, descriptor), ())
+            if open_files.is_same(self._held[owner, name], descriptor)
+        ]
 
     def _put(self, owner: str, name: str, descriptor: int) -> None:
         self._held[owner, name] = descriptor
@@ -166,6 +161,25 @@ class Holding:
         while self._held:
             with contextlib.suppress(OSError):
                 os.close(self._held.popitem()[1])
+
+
+def _opened_again(owner: str, descriptor: int) -> int | None:
+    """Open a memory file once more; None if whoever made it keeps others from that.
+
+    That is the loss of one migration, and no reason to end its worker.
+
+    :raise OSError: if there is no descriptor for it.
+    """
+    try:
+        return memory_file.open_again(descriptor)
+    except (PermissionError, BlockingIOError) as error:
+        get_logger().warning(
+            "the service manager keeps a memory file by its newest name only: if all of "
+            "postcopyd is killed now, the migration may not be gone on with",
+            migration=owner,
+            reason=f"it cannot be opened again: {error.strerror}",
+        )
+        return None
 
 
 def _file_of(owner: str, descriptor: int) -> _File:

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 
 
 class ServiceManager:
@@ -76,10 +76,19 @@ class ServiceManager:
         """True if there is one."""
         return self._socket is not None
 
-    def store(self, name: str, descriptor: int) -> None:
-        """Have a copy of `descriptor` kept, and handed over at the next start (FDSTORE=1)."""
+    def store(self, name: str, descriptor: int, instead_of: Sequence[str] = ()) -> None:
+        """Have a copy of `descriptor` kept, and handed over at the next start (FDSTORE=1).
+
+        :param instead_of: names that are dropped before, as `unstore` does.
+        :raise OSError: if there is no descriptor for the copy. Nothing is dropped then.
+        """
+        if self._socket is None:
+            return
+        copy = os.dup(descriptor)
+        for other in instead_of:
+            self.unstore(other)
         # systemd drops what polls as hung up, such as the pidfd of a VMM that has exited.
-        self._send_for_sure("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptor=descriptor)
+        self._send_for_sure("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", copy=copy)
 
     def unstore(self, name: str) -> None:
         """Have what is kept by that name dropped."""
@@ -121,11 +130,13 @@ class ServiceManager:
             with contextlib.suppress(OSError):
                 self._socket.send("\n".join(assignments).encode())
 
-    def _send_for_sure(self, *assignments: str, descriptor: int | None = None) -> None:
-        """Send, later if the manager has much to read now, and in order."""
+    def _send_for_sure(self, *assignments: str, copy: int | None = None) -> None:
+        """Send, later if the manager has much to read now, and in order.
+
+        :param copy: a descriptor that goes with it, taken over.
+        """
         if self._socket is None:
             return
-        copy = None if descriptor is None else os.dup(descriptor)
         self._waiting.append(("\n".join(assignments).encode(), copy))
         if len(self._waiting) == 1:
             self._nothing_waits.clear()

@@ -85,8 +85,8 @@ class Recipient:
         self.vmm: Vmm | None = None
         """None before one has come, and while one that did not load has none in its place."""
         self._replacement: Replacement | None = None
-        self._has_moved = False
-        """True once a VMM has taken another's place, and not begun to load."""
+        self._may_be_unsettled = False
+        """True for a VMM of which perhaps not everything that is left outlives us yet."""
         self.attached = asyncio.Event()
         self._filling: MemoryFilling | None = None
         self._assemblers: tuple[Assembler, Assembler] | None = None
@@ -226,6 +226,8 @@ class Recipient:
         :raise OSError: if it has exited.
         """
         self.vmm = vmm
+        # Who has left it may have been killed before it was settled.
+        self._may_be_unsettled = True
         self.attached.set()
         self.listen()
         self.filling.inherit()
@@ -259,7 +261,7 @@ class Recipient:
         except (OSError, ValueError) as error:
             raise VmmFailure(f"what is here cannot be given to it: {error}") from error
         self._replacement = None
-        self._has_moved = True
+        self._may_be_unsettled = True
         if self._blocktime is not None:
             self._blocktime.rename(self._the_vmm().thread_names)
 
@@ -455,13 +457,13 @@ class Recipient:
         self._runs(perf_counter())
 
     async def _settled(self) -> None:
-        """Return when a VMM that has taken another's place may become the guest.
+        """Return when a VMM that has taken another's place, or was inherited, may become the guest.
 
-        The first one has been told that it is taken when everything was settled already.
+        Any other one has been told that it is taken when everything was settled already.
         """
-        if self._has_moved:
-            self._has_moved = False
+        if self._may_be_unsettled:
             await self._estate.settled()
+            self._may_be_unsettled = False
 
     def _runs(self, since: float) -> None:
         self.loaded_at = since

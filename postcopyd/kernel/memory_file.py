@@ -76,10 +76,12 @@ def open_again(descriptor: int) -> int:
 
     The caller closes it.
 
+    :raise PermissionError: if we may not.
+    :raise BlockingIOError: if somebody has a lease on it (F_SETLEASE), for which others would wait.
     :raise OSError: if it is no file, or descriptors are used up.
     """
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
-    return os.open(f"/proc/self/fd/{descriptor}", access | os.O_CLOEXEC)
+    return os.open(f"/proc/self/fd/{descriptor}", access | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:

@@ -327,18 +327,28 @@ async def _readable(loop: asyncio.AbstractEventLoop, connection: socket.socket) 
         loop.remove_reader(connection.fileno())
 
 
-def _first_of(descriptors: Sequence[int], number: int) -> int:
-    """Return the first of those memory files that are one open file with that of this number.
+def _first_of_each(descriptors: Sequence[int]) -> list[int]:
+    """Return for each descriptor the first memory file that is one open file with it.
 
     It is left to a successor once: a service manager keeps no open file by two names.
     """
-    descriptor = descriptors[number]
-    return next(one for one in descriptors[1:] if open_files.is_same(one, descriptor))
+    different: dict[tuple[int, int], list[int]] = {}
+    firsts = [descriptors[0]]
+    for descriptor in descriptors[1:]:
+        status = os.fstat(descriptor)
+        others = different.setdefault((status.st_dev, status.st_ino), [])
+        first = next((one for one in others if open_files.is_same(one, descriptor)), None)
+        if first is None:
+            first = descriptor
+            others.append(descriptor)
+        firsts.append(first)
+    return firsts
 
 
 def _native_blocks(content: Handoff, descriptors: Sequence[int]) -> tuple[HandedBlock, ...]:
     named = {0}
     blocks = []
+    firsts = _first_of_each(descriptors)
     for place, block in enumerate(content.blocks):
         checks.check_name(f"block {place}", block.name)
         number = block.memory_file
@@ -359,7 +369,7 @@ def _native_blocks(content: Handoff, descriptors: Sequence[int]) -> tuple[Handed
                 address=block.address,
                 length=block.length,
                 page_size=block.page_size,
-                memory_file=None if number is None else _first_of(descriptors, number),
+                memory_file=None if number is None else firsts[number],
                 file_offset=block.file_offset,
             )
         )

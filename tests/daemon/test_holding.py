@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from collections.abc import Iterator
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
 from postcopyd.daemon.holding import Holding
 from postcopyd.daemon.notify import ServiceManager
 from postcopyd.kernel import memory_file, open_files
+from tests.support import belongings
 
 
 class Recorder(ServiceManager):
@@ -20,8 +27,8 @@ class Recorder(ServiceManager):
         super().__init__({})
         self.changes: list[str] = []
 
-    def store(self, name: str, descriptor: int) -> None:
-        self.changes.append(f"+{name}")
+    def store(self, name: str, descriptor: int, instead_of: Sequence[str] = ()) -> None:
+        self.changes += [*(f"-{other}" for other in instead_of), f"+{name}"]
 
     def unstore(self, name: str) -> None:
         self.changes.append(f"-{name}")
@@ -74,20 +81,69 @@ def test_one_file_by_two_names_is_not_the_same_to_the_manager(holding: Holding) 
     assert os.path.samestat(os.fstat(one), os.fstat(other))
 
 
-def test_a_file_that_may_not_be_opened_again_is_kept_by_us_alone_and_its_migration_is_named(
-    holding: Holding, manager: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = memory_file.create("ram", 4096)
+@contextmanager
+def forbidden(file: int) -> Iterator[None]:
+    """Nobody may open it again: its owner has taken the right away."""
     os.fchmod(file, 0)
-    copy = os.dup(file)
-    holding.hold("vm0", "memory-file-0", file)
     os.seteuid(65534)
     try:
-        holding.hold("vm0", "vmm-1-memory-file-0", copy)
+        yield
     finally:
         os.seteuid(0)
+
+
+@contextmanager
+def leased(file: int) -> Iterator[None]:
+    """Who opens it for writing waits for whoever has the lease, 45 s by default."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        signal.signal(signal.SIGIO, before)
+
+
+not_to_be_opened_again = pytest.mark.parametrize("obstacle", [forbidden, leased])
+Obstacle = Callable[[int], AbstractContextManager[None]]
+
+
+@not_to_be_opened_again
+@pytest.mark.timeout(10)
+def test_a_file_that_may_not_be_opened_again_is_kept_by_its_newest_name_and_its_migration_is_named(
+    holding: Holding, manager: Recorder, capsys: pytest.CaptureFixture[str], obstacle: Obstacle
+) -> None:
+    file = memory_file.create("ram", 4096)
+    copy = os.dup(file)
+    holding.hold("vm0", "memory-file-0", file)
+    with obstacle(file):
+        holding.hold("vm0", "vmm-1-memory-file-0", copy)
     assert [descriptor for _, _, descriptor in holding] == [file, copy]
-    assert "the service manager keeps a memory file once only" in "".join(capsys.readouterr())
+    assert "keeps a memory file by its newest name only" in "".join(capsys.readouterr())
+    assert manager.changes == [
+        "+vm0/memory-file-0",
+        "-vm0/memory-file-0",
+        "+vm0/vmm-1-memory-file-0",
+    ]
+
+
+@not_to_be_opened_again
+@pytest.mark.timeout(10)
+def test_a_file_that_may_not_be_opened_again_is_kept_when_its_vmm_has_taken_anothers_place(
+    holding: Holding, manager: Recorder, obstacle: Obstacle
+) -> None:
+    before, after = (memory_file.create("ram", 4096) for _ in range(2))
+    holding.hold("vm0", "vmm-memory-file-0", before)
+    holding.hold("vm0", "vmm-1-memory-file-0", after)
+    with obstacle(after):
+        holding.hold("vm0", "vmm-memory-file-0", os.dup(after))
+    holding.release("vm0", "vmm-1-memory-file-0")
+    assert manager.changes == [
+        *("+vm0/vmm-memory-file-0", "+vm0/vmm-1-memory-file-0"),
+        *("-vm0/vmm-1-memory-file-0", "+vm0/vmm-memory-file-0#2", "-vm0/vmm-memory-file-0"),
+    ]
+    holding.forget("vm0")
+    assert manager.changes[5:] == ["-vm0/vmm-memory-file-0#2"]
 
 
 def test_what_can_be_opened_but_once_is_kept_by_its_last_name(
@@ -112,13 +168,41 @@ def test_what_cannot_be_kept_is_closed_and_the_old_one_stays(
     first = a_descriptor()
     holding.hold("vm0", "listener", first)
 
-    def refuse(name: str, descriptor: int) -> None:
+    def refuse(name: str, descriptor: int, instead_of: Sequence[str] = ()) -> None:
         raise OSError(errno.EMFILE, "no")
 
     monkeypatch.setattr(manager, "store", refuse)
     with pytest.raises(OSError, match="no"):
         holding.hold("vm0", "listener", a_descriptor())
     assert list(holding) == [("vm0", "listener", first)]
+
+
+async def test_what_cannot_be_kept_has_no_other_name_of_it_dropped(tmp_path: Path) -> None:
+    before = belongings()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(str(tmp_path / "notify"))
+        heard.setblocking(False)
+        manager = ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        holding = Holding(manager)
+        userfaultfd = os.eventfd(0, os.EFD_CLOEXEC)
+        holding.hold("vm0", "vmm-1-userfaultfd", userfaultfd)
+        assert b"FDNAME=vm0/vmm-1-userfaultfd" in heard.recv(4096)
+        copy = os.dup(userfaultfd)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                holding.hold("vm0", "vmm-userfaultfd", copy)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with pytest.raises(BlockingIOError):
+            heard.recv(4096)
+        # And it is still known by which name to drop it.
+        holding.release("vm0", "vmm-1-userfaultfd")
+        assert heard.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=vm0/vmm-1-userfaultfd"
+        holding.close()
+        manager.close()
+    assert belongings() == before
 
 
 @pytest.mark.parametrize("names", [("vm0/a", "vm0/a#2"), ("vm0/a#2", "vm0/a")])

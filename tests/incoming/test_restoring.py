@@ -109,6 +109,29 @@ async def test_a_guest_that_has_not_loaded_its_devices_is_asked_again(
     await send_the_rest(engine, source, here)
 
 
+async def test_it_may_not_become_the_guest_before_what_is_left_of_it_outlives_the_heir(
+    holder: Holder, make_engine: MakeEngine
+) -> None:
+    """Its predecessor may have been killed before it knew that."""
+    engine = make_engine(keeper=holder, pages=PAGES)
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
+    await engine.reach(State.LISTENING)
+    await seen(engine.source)
+
+    holder.may_settle.clear()
+    succeed(engine, holder)
+    source = come_back(engine)
+    here = await ask_what_is_here(source)
+    await go_on(source)
+    assert engine.vmm.told == ["listening"]
+    holder.may_settle.set()
+    await engine.reach(State.RUNNING)
+    await send_the_rest(engine, source, here)
+
+
 async def test_blocks_that_are_not_watched_are_collected_on(
     holder: Holder, make_engine: MakeEngine
 ) -> None:

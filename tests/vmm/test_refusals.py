@@ -16,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postcopyd.kernel import memory_file
+from postcopyd.kernel import memory_file, open_files
 from postcopyd.kernel.memory import Mapping
 from postcopyd.kernel.userfaultfd import Feature, Operation, RegisterMode, Userfaultfd
+from postcopyd.vmm import handoff
 from postcopyd.vmm.client import Block
+from postcopyd.wire.handoff import VERSION, BlockDescription, Handoff
 from tests.vmm.handoffs import (
     FEATURES,
     LIMIT,
@@ -264,6 +266,47 @@ async def test_a_memory_file_that_comes_twice_is_taken_once(
         assert one == other
         assert list(vmm.descriptors).count("memory-file-0") == 1
         assert "memory-file-1" not in vmm.descriptors
+
+
+def test_memory_files_are_compared_once_however_many_blocks_name_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A VMM may name its last one in every block: other guests wait meanwhile."""
+    compared: list[tuple[int, int]] = []
+    really_is_same = open_files.is_same
+
+    def is_same(one: int, other: int) -> bool:
+        compared.append((one, other))
+        return really_is_same(one, other)
+
+    monkeypatch.setattr(open_files, "is_same", is_same)
+    with contextlib.ExitStack() as stack:
+        descriptors = [0]
+        for _ in range(8):
+            file = memory_file.create("ram", PAGE)
+            descriptors += [file, memory_file.open_again(file)]
+        for descriptor in descriptors[1:]:
+            stack.callback(os.close, descriptor)
+        # Each is the memory file of one block, and the last one that of a thousand more.
+        numbers = [*range(1, len(descriptors)), *[len(descriptors) - 1] * 1000]
+        offer = Handoff(
+            version=VERSION,
+            name="vm0",
+            blocks=tuple(
+                BlockDescription(
+                    name=f"block{place}",
+                    address=(place + 1) * PAGE,
+                    length=PAGE,
+                    page_size=PAGE,
+                    memory_file=number,
+                )
+                for place, number in enumerate(numbers)
+            ),
+        )
+        blocks = handoff._native_blocks(offer, descriptors)
+    assert [block.memory_file for block in blocks] == [descriptors[number] for number in numbers]
+    # Two open files of one file, eight times; two files need not be compared at all.
+    assert len(compared) == 8
 
 
 async def test_a_memory_file_that_is_too_small(handoffs: Handoffs, file_offer: Offer) -> None:
