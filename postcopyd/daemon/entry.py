@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -176,8 +175,7 @@ class Entry:
         """
         migration = self._migration
         assert migration is not None
-        unheard = partial(event_log.log_vmm_unheard, self.name)
-        migration.restore(partial(restore_vmm, unheard=unheard))
+        migration.restore(restore_vmm)
         if isinstance(migration.vmm, NativeVmm):
             # The predecessor may have been killed before it could say so.
             migration.vmm.registered(self.name, self.listen)

@@ -53,6 +53,15 @@ _KINDS: Final[dict[type[events.Event], _Kind]] = {
         "the device package is here: from now on the guest lives here",
         "7c28d341dc114f078eeac615808fd96a",
     ),
+    events.VmmUnheard: _Kind(
+        "warning",
+        "the VMM was given its devices, and cannot be asked whether it runs: nobody else is given "
+        "the guest meanwhile",
+        "0f8f5afb744048c9a0686691660b2c40",
+    ),
+    events.VmmHeard: _Kind(
+        "info", "the VMM can be asked again whether it runs", "b0c51f3ad0a74a7f8a6f0b9a2f6d7c13"
+    ),
     events.DeviceStateLoaded: _Kind(
         "info", "the VMM has loaded its devices and runs", "3dca7ac21d894cb986208afbe93fdd83"
     ),
@@ -116,7 +125,6 @@ TLS_READ_ID: Final = "86f10e265e1647468d209e52f67d4267"
 TLS_KEPT_ID: Final = "c879efd2eece463bb3db65099257e087"
 TLS_DOUBT_ID: Final = "8bcc3eb6837d49afb392d55d9e93c746"
 VMM_REFUSED_ID: Final = "353089378563465baaa7f11a4775fd31"
-VMM_UNHEARD_ID: Final = "0f8f5afb744048c9a0686691660b2c40"
 CLIENT_REFUSED_ID: Final = "e4c7b0d39f5a4b7c8d21a6f05c3e91b8"
 NETWORK_UNWATCHED_ID: Final = "c90e7a5d2f8b4c6e8134b7d6f01a92e5"
 MISSING_LIST_ID: Final = "c95de1b80a7f4f63924b6f3a1e87d054"
@@ -129,7 +137,6 @@ MESSAGE_IDS: Final = frozenset(
     | {
         SOURCE_REFUSED_ID,
         VMM_REFUSED_ID,
-        VMM_UNHEARD_ID,
         CLIENT_REFUSED_ID,
         NETWORK_UNWATCHED_ID,
         INTERNAL_ERROR_ID,
@@ -169,24 +176,6 @@ def log_source_refused(migration: str, peer: str, reason: str) -> None:
 def log_vmm_refused(peer: str, reason: str) -> None:
     """Log that a VMM's handoff was not accepted."""
     get_logger().warning("a VMM was refused", peer=peer, reason=reason, message_id=VMM_REFUSED_ID)
-
-
-def log_vmm_unheard(name: str, reason: str | None) -> None:
-    """Log that a VMM may run or not, as it does not say; or, without a reason, that it does."""
-    if reason is None:
-        get_logger().info(
-            "the VMM can be asked again whether it runs",
-            migration=name,
-            message_id=VMM_UNHEARD_ID,
-        )
-    else:
-        get_logger().warning(
-            "the VMM was given its devices, and cannot be asked whether it runs: nobody else is "
-            "given the guest meanwhile",
-            migration=name,
-            reason=reason,
-            message_id=VMM_UNHEARD_ID,
-        )
 
 
 def log_client_refused(peer: str, reason: str) -> None:

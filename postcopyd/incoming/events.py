@@ -62,6 +62,16 @@ class PackageReceived(msgspec.Struct, frozen=True):
     length: int
 
 
+class VmmUnheard(msgspec.Struct, frozen=True):
+    """The VMM has its device state, and it cannot be found out whether it runs."""
+
+    reason: str
+
+
+class VmmHeard(msgspec.Struct, frozen=True):
+    """It can be asked again."""
+
+
 class DeviceStateLoaded(msgspec.Struct, frozen=True):
     """The VMM has loaded its device state and runs."""
 
@@ -177,6 +187,8 @@ Event = (
     | ConnectionRefused
     | Converged
     | PackageReceived
+    | VmmUnheard
+    | VmmHeard
     | DeviceStateLoaded
     | MemoryRemoved
     | PathLost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from postcopyd.incoming.collecting import Collection
 from postcopyd.incoming.vmm import DeviceLoad, Vmm
@@ -21,9 +21,10 @@ class Loading:
     (`feed`) when its pre-copy has converged.
     """
 
-    def __init__(self, configuration: Configuration) -> None:
-        """Begin with the source's configuration."""
+    def __init__(self, configuration: Configuration, unheard: Callable[[str | None], None]) -> None:
+        """Begin with the source's configuration; `unheard` is that of `DeviceLoad`."""
         self.configuration = configuration
+        self._unheard = unheard
         self.collection = Collection(())
         """The blocks that are not watched; to be set when the VMM is known."""
         self.package: Package | None = None
@@ -106,7 +107,9 @@ class Loading:
 
     def _load(self, device_state: bytes) -> DeviceLoad:
         blocks = self.collection.contents()
-        return DeviceLoad(self.configuration.raw, device_state, blocks, self._collected)
+        return DeviceLoad(
+            self.configuration.raw, device_state, blocks, self._collected, self._unheard
+        )
 
     async def _rest(self) -> AsyncIterator[bytes]:
         while True:

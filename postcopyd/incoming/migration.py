@@ -98,6 +98,7 @@ class IncomingMigration:
             removed=self._memory_removed,
             caught_up=self._caught_up,
             broken=self._filling_broken,
+            unheard=self._vmm_unheard,
         )
         self._removed_before = False
         self._finished = asyncio.Event()
@@ -471,6 +472,9 @@ class IncomingMigration:
             self._sourcing.lose(str(error))
         else:
             self._sourcing.lose(f"filling the memory failed: {error}")
+
+    def _vmm_unheard(self, reason: str | None) -> None:
+        self._trace(events.VmmHeard() if reason is None else events.VmmUnheard(reason))
 
     async def _watch_vmm(self, vmm: Vmm) -> None:
         await vmm.gone()

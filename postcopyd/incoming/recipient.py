@@ -69,8 +69,9 @@ class Recipient:
         removed: Callable[[RamBlock, int, int], None],
         caught_up: Callable[[], None],
         broken: Callable[[Exception], None],
+        unheard: Callable[[str | None], None],
     ) -> None:
-        """Wait for a VMM. `estate`, `events` and the callbacks are those of `MemoryFilling`."""
+        """Wait for a VMM. `unheard` is that of `DeviceLoad`, all else that of `MemoryFilling`."""
         self._estate = estate
         self._settings = settings
         self._events = events
@@ -81,6 +82,7 @@ class Recipient:
         self._removed = removed
         self._caught_up = caught_up
         self._broken = broken
+        self._unheard = unheard
         self._loop = asyncio.get_running_loop()
         self.vmm: Vmm | None = None
         """None before one has come, and while one that did not load has none in its place."""
@@ -208,7 +210,7 @@ class Recipient:
         """
         try:
             configuration = source_record.configuration_of(source)
-            self._loading = loading = Loading(configuration)
+            self._loading = loading = Loading(configuration, self._unheard)
             loading.collection = self._collection
             self.take_block_list(source_record.block_list_of(source))
             loading.take_package(source_record.package_of(source, self._package_file))
@@ -297,7 +299,7 @@ class Recipient:
 
     def configure(self, configuration: Configuration) -> None:
         """Take the source's configuration, before there need be a VMM."""
-        self._loading = Loading(configuration)
+        self._loading = Loading(configuration, self._unheard)
 
     @property
     def loading(self) -> Loading:

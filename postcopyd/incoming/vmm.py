@@ -7,7 +7,7 @@ the others; the engine never learns which one it talks to.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -86,6 +86,9 @@ class DeviceLoad(msgspec.Struct, frozen=True):
     """One for each `FedBlock`."""
     collected: asyncio.Event
     """Set when the content of these blocks is whole."""
+    unheard: Callable[[str | None], None]
+    """Told why it cannot be found out whether a VMM that has all of this runs; None when it can be
+    again."""
 
 
 class VmmFailure(Exception):

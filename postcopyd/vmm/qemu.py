@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from typing import Final
 
@@ -31,9 +31,10 @@ _LAST_WORDS: Final = 5.0
 _LOOK: Final = 0.001
 _LONGEST_LOOK: Final = 0.1
 """Seconds between two looks at whether QEMU runs: from the first to the last."""
+_TOLD: Final = 3
+"""Looks one after the other that must fail before it is told: one that exits fails the first."""
 
 KIND: Final = "qemu"
-Unheard = Callable[[str | None], None]
 
 
 class QemuRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,21 +62,17 @@ class QemuVmm:
         process: AdoptedProcess,
         found: FoundMemory,
         resources: ExitStack,
-        unheard: Unheard | None = None,
     ) -> None:
         """Take over `resources`, which close the memory files, and all the others.
 
         :param monitor: its session; or the path of its socket, if a predecessor of this process
             had the session. QEMU may have been fed by that one, then.
         :param within: seconds for each of QEMU's answers.
-        :param unheard: told why it cannot be found out whether a QEMU that was fed runs, and None
-            when it can be again.
         """
         self._facts = facts
         self._session = monitor if isinstance(monitor, QemuMonitor) else None
         self._monitor_path = monitor if isinstance(monitor, str) else monitor.path
         self._within = within
-        self._unheard = unheard or (lambda _: None)
         self._process = process
         self._found = found
         self._resources = resources
@@ -181,53 +178,55 @@ class QemuVmm:
     async def _load(self, load: DeviceLoad, rest: AsyncIterator[bytes] | None) -> None:
         feed = self._feed
         if feed is None:
-            await self._see_whether_it_was_fed()
+            if not await self._becomes_the_guest(load):
+                raise VmmFailure("postcopyd was killed while it fed QEMU")
             return
         async with self._loading:
             keep_process = self._facts.version >= _KEEPS_PROCESS
             try:
                 await feed.load(load, rest, keep_process=keep_process)
-                await self._left_inmigrate()
+                runs = await self._becomes_the_guest(load)
             except FeedRefused as error:
                 raise VmmFailure(f"it cannot be fed: {error}") from error
             except (FeedFailure, MonitorFailure) as error:
                 raise VmmFailure(f"{error}; {await self._last_words()}") from error
             finally:
                 feed.close()
+            if not runs:
+                raise VmmFailure(f"it does not run; {await self._last_words()}")
 
-    async def _see_whether_it_was_fed(self) -> None:
-        """Return when QEMU has loaded what a predecessor of this process has fed it.
+    async def _becomes_the_guest(self, load: DeviceLoad) -> bool:
+        """Return True when a QEMU that may have been fed everything runs, or is paused.
 
-        If it was fed everything it becomes the guest, and it may wait for memory, and not answer,
-        until the source is back; or its monitor is somebody else's, or broken. So it counts as lost
-        only when it says that it cannot load any more, or has exited.
-
-        :raise VmmFailure: if so: the feed ended with the predecessor, in the middle.
+        It may wait for its memory meanwhile, and not answer, until the source is back; or its
+        monitor is somebody else's, or broken. So nothing bounds its answer, and False, that it is
+        lost, means that it says that it cannot load any more, as one whose feed has ended in the
+        middle with a process that was killed; or that it has exited.
         """
         pause = _LOOK
-        heard = True
+        failures = 0
         while not self._gone.is_set():
             try:
                 monitor = await self._monitor()
                 incoming = await monitor.execute("query-migrate", within=None)
-                status = (await self._status())["status"]
+                answer = await monitor.execute("query-status", within=None)
             except MonitorFailure as error:
                 await self._close_monitor()
                 self._session = None
-                if heard:
-                    self._unheard(str(error))
-                heard = False
+                failures += 1
+                if failures == _TOLD:
+                    load.unheard(str(error))
             else:
-                if not heard:
-                    self._unheard(None)
-                heard = True
-                if status != "inmigrate":
-                    return
+                if failures >= _TOLD:
+                    load.unheard(None)
+                failures = 0
+                if answer["status"] != "inmigrate":
+                    return True
                 if incoming.get("status") not in _LOADS:
-                    raise VmmFailure("postcopyd was killed while it fed QEMU")
+                    return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_LOOK)
-        raise VmmFailure("postcopyd was killed while it fed QEMU, which has exited since")
+        return False
 
     async def _monitor(self) -> QemuMonitor:
         if self._session is None:
@@ -237,24 +236,6 @@ class QemuVmm:
     async def _close_monitor(self) -> None:
         if self._session is not None:
             await self._session.close()
-
-    async def _left_inmigrate(self) -> None:
-        """Return when QEMU runs, or is paused as the source was.
-
-        It says that it has loaded shortly before. It may wait for its memory meanwhile, so nothing
-        bounds its answer.
-
-        :raise MonitorFailure: if the monitor breaks off.
-        """
-        pause = _LOOK
-        while (await self._status())["status"] == "inmigrate":
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_LOOK)
-
-    async def _status(self) -> dict[str, object]:
-        monitor = await self._monitor()
-        answer: dict[str, object] = await monitor.execute("query-status", within=None)
-        return answer
 
     async def _last_words(self) -> str:
         """Find out why QEMU has not loaded."""
@@ -335,12 +316,9 @@ class QemuVmm:
         self._gone.set()
 
 
-def restore_qemu(
-    inherited: InheritedVmm, unheard: Unheard | None = None, *, within: float = 10.0
-) -> QemuVmm:
+def restore_qemu(inherited: InheritedVmm, *, within: float = 10.0) -> QemuVmm:
     """Go on with a QEMU that a predecessor of this process has adopted; takes over `inherited`.
 
-    :param unheard: as `QemuVmm`.
     :param within: seconds for each of QEMU's answers.
     :raise msgspec.MsgspecError: if the facts are not such.
     :raise KeyError: if its pidfd was not left.
@@ -355,7 +333,7 @@ def restore_qemu(
     )
     found = FoundMemory(memory.blocks, record.huge_page_ranges)
     resources = inherited.resources.pop_all()
-    return QemuVmm(record.facts, record.monitor, within, process, found, resources, unheard)
+    return QemuVmm(record.facts, record.monitor, within, process, found, resources)
 
 
 async def adopt_qemu(monitor: str, *, within: float = 10.0) -> QemuVmm:

@@ -14,14 +14,10 @@ from postcopyd.incoming.vmm import Vmm
 from postcopyd.vmm import firecracker, native
 from postcopyd.vmm.peer import peer_of
 
-Unheard = Callable[[str | None], None]
 
-
-def restore_vmm(inherited: InheritedVmm, unheard: Unheard) -> Vmm:
+def restore_vmm(inherited: InheritedVmm) -> Vmm:
     """Go on with a VMM, whatever it is; takes over what is inherited.
 
-    :param unheard: told why it cannot be found out whether the VMM runs, and None when it can be
-        again.
     :raise JournalUnreadable: if it is of a kind that is not known, or what was left of it does
         not fit together.
     :raise VmmFailure: if it cannot be gone on with; what is inherited still is the caller's.
@@ -30,12 +26,12 @@ def restore_vmm(inherited: InheritedVmm, unheard: Unheard) -> Vmm:
     if restore is None:
         raise JournalUnreadable(f"it speaks of a VMM of kind {inherited.kind!r}")
     try:
-        return restore(inherited, unheard)
+        return restore(inherited)
     except (msgspec.MsgspecError, KeyError) as error:
         raise JournalUnreadable(f"what it says of its VMM is wrong: {error}") from error
 
 
-def _restore_native(inherited: InheritedVmm, _: Unheard) -> Vmm:
+def _restore_native(inherited: InheritedVmm) -> Vmm:
     facts = msgspec.json.decode(inherited.facts, type=native.NativeFacts)
     connection = socket.socket(fileno=inherited.descriptors["connection"])
     del inherited.descriptors["connection"]
@@ -53,7 +49,7 @@ def _restore_native(inherited: InheritedVmm, _: Unheard) -> Vmm:
     )
 
 
-def _restore_firecracker(inherited: InheritedVmm, _: Unheard) -> Vmm:
+def _restore_firecracker(inherited: InheritedVmm) -> Vmm:
     facts = msgspec.json.decode(inherited.facts, type=firecracker.FirecrackerFacts)
     pidfd = inherited.descriptors.pop("pidfd")
     inherited.resources.callback(os.close, pidfd)
@@ -62,14 +58,14 @@ def _restore_firecracker(inherited: InheritedVmm, _: Unheard) -> Vmm:
     )
 
 
-def _restore_qemu(inherited: InheritedVmm, unheard: Unheard) -> Vmm:
+def _restore_qemu(inherited: InheritedVmm) -> Vmm:
     # Imported here: most daemons never meet a QEMU, and it takes memory.
     from postcopyd.vmm.qemu import restore_qemu
 
-    return restore_qemu(inherited, unheard)
+    return restore_qemu(inherited)
 
 
-_KINDS: dict[str, Callable[[InheritedVmm, Unheard], Vmm]] = {
+_KINDS: dict[str, Callable[[InheritedVmm], Vmm]] = {
     native.KIND: _restore_native,
     firecracker.KIND: _restore_firecracker,
     "qemu": _restore_qemu,

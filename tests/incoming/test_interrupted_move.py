@@ -18,8 +18,8 @@ from postcopyd.incoming.staging import BlockStage
 from postcopyd.incoming.states import State
 from postcopyd.kernel.userfaultfd import EVENT_REMOVE
 from postcopyd.wire.return_path import Shut
-from tests.incoming.engine import InProcessVmm
-from tests.incoming.guest import LIMIT, PAGE
+from tests.incoming.engine import Engine, InProcessVmm
+from tests.incoming.guest import LIMIT, PAGE, Guest
 from tests.incoming.heirs import Holder, succeed
 from tests.incoming.replacing import (
     KINDS,
@@ -33,6 +33,20 @@ from tests.incoming.test_recovery import CONTENT, PAGES, ask_what_is_here, come_
 from tests.support import wait_until
 
 __all__ = ["make_guest"]  # a fixture
+
+
+async def the_rest_arrives(engine: Engine, guest: Guest) -> None:
+    """Half of its memory is here; a source brings the other half, and everything ends well."""
+    source = come_back(engine)
+    here = await ask_what_is_here(source)
+    assert here == set(range(PAGES // 2))
+    await go_on(source)
+    await source.postcopy("pc.ram", CONTENT, [p * PAGE for p in range(PAGES) if p not in here])
+    await source.end()
+    assert await source.wait_for_shut() == Shut(0)
+    assert await guest.content() == CONTENT
+    source.close()
+    await engine.finish()
 
 
 @pytest.mark.parametrize("fails", ["it refuses", "it cannot be written"])
@@ -67,16 +81,7 @@ async def test_one_that_fails_while_everything_is_moved_changes_nothing_for_the_
     third = make_guest(pages=PAGES, shared=second)
     engine.migration.attach_vmm(InProcessVmm(third))
     await engine.told(events.DeviceStateLoaded)
-    source = come_back(engine)
-    here = await ask_what_is_here(source)
-    assert here == set(range(PAGES // 2))
-    await go_on(source)
-    await source.postcopy("pc.ram", CONTENT, [p * PAGE for p in range(PAGES) if p not in here])
-    await source.end()
-    assert await source.wait_for_shut() == Shut(0)
-    assert await third.content() == CONTENT
-    source.close()
-    await engine.finish()
+    await the_rest_arrives(engine, third)
     assert holder.held == {}, "an ended migration leaves nothing"
 
 
@@ -97,16 +102,7 @@ async def test_what_a_vmm_before_has_given_back_says_nothing_of_the_next_one(
 
     own, engine.guest = engine.guest, second
     succeed(engine, holder)
-    source = come_back(engine)
-    here = await ask_what_is_here(source)
-    assert here == set(range(PAGES // 2))
-    await go_on(source)
-    await source.postcopy("pc.ram", CONTENT, [p * PAGE for p in range(PAGES) if p not in here])
-    await source.end()
-    assert await source.wait_for_shut() == Shut(0)
-    assert await second.content() == CONTENT
-    source.close()
-    await engine.finish()
+    await the_rest_arrives(engine, second)
     engine.guest = own
     assert holder.held == {}, "an ended migration leaves nothing"
 

@@ -334,17 +334,22 @@ async def test_what_is_staged_is_placed_when_there_is_memory_again(
     assert await engine.guest.content() == content
 
 
+async def is_loading(engine: Engine, content: bytes, pages: int) -> None:
+    """So many pages are staged, and the VMM loads its devices until it is told that it may."""
+    engine.vmm.may_load.clear()
+    engine.attach()
+    await engine.source.advise()
+    await engine.source.precopy("pc.ram", content, range(0, pages * PAGE, PAGE))
+    await engine.source.switch_over({})
+    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+
+
 async def test_a_fault_on_what_is_staged_is_answered_when_there_is_memory_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(pages=16)
     content = image(16)
-    engine.vmm.may_load.clear()
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.precopy("pc.ram", content, range(0, 16 * PAGE, PAGE))
-    await engine.source.switch_over({})
-    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    await is_loading(engine, content, 16)
     failed = fails_once(monkeypatch, BlockStage, "address_of", errno.ENOMEM)
     touch = engine.guest.touch(11)
     assert await asyncio.to_thread(touch.result) == content[11 * PAGE : 12 * PAGE]
@@ -361,12 +366,7 @@ async def test_nothing_is_placed_of_what_is_staged_between_an_error_and_the_sour
     """Not even where the VMM has loaded meanwhile; and then it is placed once."""
     engine = make_engine(pages=512)
     content = image(512)
-    engine.vmm.may_load.clear()
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.precopy("pc.ram", content, range(0, 508 * PAGE, PAGE))
-    await engine.source.switch_over({})
-    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    await is_loading(engine, content, 508)
     fails_once(monkeypatch, BlockStage, "address_of", errno.EIO)
     touch = engine.guest.touch(3)
     await engine.reach(State.PAUSED)
@@ -401,12 +401,7 @@ async def test_what_cannot_be_read_of_the_staging_is_tried_again_when_the_source
 ) -> None:
     engine = make_engine(pages=16)
     content = image(16)
-    engine.vmm.may_load.clear()
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.precopy("pc.ram", content, range(0, 12 * PAGE, PAGE))
-    await engine.source.switch_over({})
-    await asyncio.wait_for(engine.vmm.asked_to_load.wait(), LIMIT)
+    await is_loading(engine, content, 12)
     fails_once(monkeypatch, BlockStage, "address_of", errno.EIO)
     touch = engine.guest.touch(3) if who == "a fault" else None
     if touch is None:
