@@ -12,6 +12,7 @@ import mmap
 import os
 import select
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -70,19 +71,19 @@ class Touch:
     def __init__(self, address: int, length: int) -> None:
         self._result = ctypes.create_string_buffer(length)
         # Has a method as its target, so that the buffer lives as long as the thread.
-        self._thread = threading.Thread(target=self._copy, args=(address, length), daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._copy, args=(address, length), daemon=True)
+        self.thread.start()
 
     def _copy(self, address: int, length: int) -> None:
         _memcpy(ctypes.addressof(self._result), address, length)
 
     @property
     def waits(self) -> bool:
-        return self._thread.is_alive()
+        return self.thread.is_alive()
 
     def result(self) -> bytes:
-        self._thread.join(LIMIT)
-        assert not self._thread.is_alive(), "the access still waits"
+        self.thread.join(LIMIT)
+        assert not self.thread.is_alive(), "the access still waits"
         return self._result.raw
 
 
@@ -106,6 +107,8 @@ class Guest:
     address: int = field(init=False)
     userfaultfd: Userfaultfd = field(init=False)
     memory_file: int | None = field(init=False, default=None)
+    _threads: list[threading.Thread] = field(init=False, default_factory=list)
+    """That use the memory, or have done so."""
 
     def __post_init__(self) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -153,7 +156,9 @@ class Guest:
 
     def touch(self, page: int, length: int = PAGE) -> Touch:
         """Read the head of a page in a thread of its own."""
-        return Touch(self.address + page * self.page_size, length)
+        touch = Touch(self.address + page * self.page_size, length)
+        self._threads.append(touch.thread)
+        return touch
 
     def read(self, page: int) -> bytes:
         """Read the head of a page in the calling thread, which must not be the event loop's."""
@@ -177,13 +182,9 @@ class Guest:
 
     def remove(self, first: int, count: int = 1) -> threading.Thread:
         """Give pages back, in a thread: it waits until the event is read."""
-        thread = threading.Thread(
-            target=_madvise,
-            args=(self.address + first * self.page_size, count * self.page_size, DONTNEED),
-            daemon=True,
+        return self._start(
+            _madvise, self.address + first * self.page_size, count * self.page_size, DONTNEED
         )
-        thread.start()
-        return thread
 
     def lose_memory(self) -> None:
         """Have an ordinary file in the place of the memory, which no userfaultfd can watch."""
@@ -194,16 +195,20 @@ class Guest:
 
     def unmap(self, first: int, count: int) -> threading.Thread:
         """Unmap pages, in a thread: it waits until the event is read."""
-        thread = threading.Thread(
-            target=_munmap,
-            args=(self.address + first * self.page_size, count * self.page_size),
-            daemon=True,
-        )
+        return self._start(_munmap, self.address + first * self.page_size, count * self.page_size)
+
+    def _start(self, function: Callable[..., object], *arguments: int) -> threading.Thread:
+        thread = threading.Thread(target=function, args=arguments, daemon=True)
         thread.start()
+        self._threads.append(thread)
         return thread
 
     def close(self) -> None:
+        """Let go of the memory, when no thread is in it any more."""
         self.userfaultfd.close()
+        for thread in self._threads:
+            thread.join(LIMIT)
+            assert not thread.is_alive(), "a thread still waits for memory that is to be unmapped"
         _munmap(self.address, self.length + (PAGE if self.fenced else 0))
         if self.memory_file is not None:
             os.close(self.memory_file)

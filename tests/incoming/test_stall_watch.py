@@ -125,8 +125,6 @@ async def test_an_alarm_is_over_when_the_migration_has_ended(make_engine: MakeEn
     await engine.finish()
     await engine.told(events.StallOver)
     assert engine.migration.report().stalled_seconds is None
-    # Nobody but the guest itself lets its threads go.
-    engine.guest.userfaultfd.unregister(engine.guest.address, engine.guest.length)
 
 
 async def test_a_source_that_repeats_what_is_here_raises_an_alarm(make_engine: MakeEngine) -> None:
