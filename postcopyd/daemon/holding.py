@@ -3,7 +3,8 @@
 A descriptor that systemd keeps in its fd store (sd_notify(3), FDSTORE=1) outlives the supervisor as
 well. Its name there is `OWNER/NAME`, and `OWNER/NAME#2` and so on of what takes its place: names
 are all that it can be told to drop, and the new one is to be there before the old one goes.
-A descriptor that it has already by another name, as a copy of it, systemd ignores.
+A descriptor that it has already by another name, as a copy of it, systemd ignores: so it is told of
+one of these names, and of another one when that is let go.
 FDPOLL=0, because systemd drops what polls as hung up, and the pidfd of a VMM that has exited, or a
 socket whose source has gone, does.
 """
@@ -11,6 +12,7 @@ socket whose source has gone, does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from postcopyd.kernel import memory_file, open_files
 
 _BETWEEN: Final = "/"
 _NUMBER: Final = "#"
+_NONE_TO_BE_HAD: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class _File(NamedTuple):
@@ -40,7 +43,7 @@ class Holding:
         self._manager = manager
         self._held: dict[tuple[str, str], int] = {}
         self._numbers: dict[tuple[str, str], int] = {}
-        """Of what the service manager keeps; 1 for the first of that name."""
+        """Of what the service manager keeps by that name; 1 for the first one."""
         self._by_file: dict[_File, set[str]] = {}
         """Names of what is held. There may be thousands of one owner."""
 
@@ -70,47 +73,40 @@ class Holding:
         :raise OSError: if there is no descriptor for the service manager. It is closed then, and
             what was held stays, with the service manager too.
         """
-        if self._is_same(owner, name, descriptor):
+        before = self._held.get((owner, name))
+        if before is not None and open_files.is_same(before, descriptor):
             os.close(descriptor)
             return
         number = self._numbers.get((owner, name), 0) + 1
-        copies = self._copies(owner, descriptor)
         try:
-            if copies and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            others = self._names_of(owner, descriptor)
+            if others and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                # A VMM that takes another's place may have the same memory file, and until it has
+                # everything the names of both count (`postcopyd.incoming.replacing`).
                 again = _opened_again(owner, descriptor)
                 if again is not None:
                     os.close(descriptor)
-                    descriptor, copies = again, []
-            dropped = {
-                other: self._numbers[owner, other]
-                for other in copies
-                if (owner, other) in self._numbers
-            }
-            self._manager.store(
-                _stored_name(owner, name, number),
-                descriptor,
-                [_stored_name(owner, *other) for other in dropped.items()],
-            )
+                    descriptor, others = again, []
+            kept_as = [other for other in others if (owner, other) in self._numbers]
+            # What takes another's place is on its way from the other name to this one.
+            stores = before is not None or not kept_as
+            copy = os.dup(descriptor) if stores else -1
         except OSError:
             os.close(descriptor)
             raise
-        for other in dropped:
-            del self._numbers[owner, other]
+        if stores:
+            self._manager.store(
+                _stored_name(owner, name, number),
+                copy,
+                [_stored_name(owner, other, self._numbers.pop((owner, other))) for other in kept_as],
+            )
         self.release(owner, name)
         self._put(owner, name, descriptor)
-        self._numbers[owner, name] = number
+        if stores:
+            self._numbers[owner, name] = number
 
-    def _is_same(self, owner: str, name: str, descriptor: int) -> bool:
-        held = self._held.get((owner, name))
-        return held is not None and open_files.is_same(held, descriptor)
-
-    def _copies(self, owner: str, descriptor: int) -> list[str]:
-        """Return the other names of that owner because of which the service manager ignores it.
-
-        A memory file is opened once more: a VMM that takes another's place may have the same, and
-        until it has everything the names of both count (`postcopyd.incoming.replacing`). Anything
-        else is kept by its new name instead, because the other one is on its way out.
-        """
+    def _names_of(self, owner: str, descriptor: int) -> list[str]:
+        """Return by which names that owner has a copy of it held."""
         return [
             name
             for name in self._by_file.get(_file_of(owner, descriptor), ())
@@ -129,23 +125,34 @@ class Holding:
     def release(self, owner: str, name: str) -> None:
         """Let go of it; nothing happens if it is not held."""
         descriptor = self._held.pop((owner, name), None)
-        if descriptor is not None:
-            file = _file_of(owner, descriptor)
-            self._by_file[file].discard(name)
-            if not self._by_file[file]:
-                del self._by_file[file]
+        if descriptor is None:
+            return
+        file = _file_of(owner, descriptor)
+        self._by_file[file].discard(name)
+        if not self._by_file[file]:
+            del self._by_file[file]
         number = self._numbers.pop((owner, name), None)
         if number is not None:
-            self._manager.unstore(_stored_name(owner, name, number))
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            stored = _stored_name(owner, name, number)
+            for other in self._names_of(owner, descriptor):
+                if (owner, other) not in self._numbers:
+                    self._numbers[owner, other] = 1
+                    # No new descriptor is needed: there might be none.
+                    self._manager.store(_stored_name(owner, other, 1), descriptor, [stored])
+                    return
+            self._manager.unstore(stored)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
     def forget(self, owner: str) -> None:
         """Let go of all that is that owner's."""
-        for held_by, name in list(self._held):
-            if held_by == owner:
-                self.release(owner, name)
+        names = [name for held_by, name in self._held if held_by == owner]
+        for name in names:
+            number = self._numbers.pop((owner, name), None)
+            if number is not None:
+                self._manager.unstore(_stored_name(owner, name, number))
+        for name in names:
+            self.release(owner, name)
 
     def __iter__(self) -> Iterator[tuple[str, str, int]]:
         """Give owner, name and descriptor of everything that is held."""
@@ -172,9 +179,11 @@ def _opened_again(owner: str, descriptor: int) -> int | None:
     """
     try:
         return memory_file.open_again(descriptor)
-    except (PermissionError, BlockingIOError) as error:
+    except OSError as error:
+        if error.errno in _NONE_TO_BE_HAD:
+            raise
         get_logger().warning(
-            "the service manager keeps a memory file by its newest name only: if all of "
+            "the service manager keeps a memory file by one of its names only: if all of "
             "postcopyd is killed now, the migration may not be gone on with",
             migration=owner,
             reason=f"it cannot be opened again: {error.strerror}",

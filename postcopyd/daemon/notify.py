@@ -5,11 +5,18 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
+from typing import Final
+
+
+_FOR_NOW: Final = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
+"""What the kernel says where a datagram or its descriptor may go later: see unix(7)."""
+_SEND_AGAIN_AFTER: Final = 0.05  # seconds
 
 
 class ServiceManager:
@@ -25,11 +32,12 @@ class ServiceManager:
             environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
         )
         self._timer: asyncio.TimerHandle | None = None
+        self._again: asyncio.TimerHandle | None = None
         self._status = ""
         self._status_is_old = False
         """Whether it has to be told when nothing waits any more."""
         self._waiting: deque[tuple[bytes, int | None] | Callable[[], None]] = deque()
-        """What could not be sent yet, with copies of the descriptors that go with it, and who is
+        """What could not be sent yet, with the descriptors that go with it, and who is
         to be called when what is before it has been."""
         self._nothing_waits = asyncio.Event()
         self._nothing_waits.set()
@@ -77,18 +85,15 @@ class ServiceManager:
         return self._socket is not None
 
     def store(self, name: str, descriptor: int, instead_of: Sequence[str] = ()) -> None:
-        """Have a copy of `descriptor` kept, and handed over at the next start (FDSTORE=1).
+        """Have a descriptor kept, and handed over at the next start (FDSTORE=1).
 
+        :param descriptor: taken over.
         :param instead_of: names that are dropped before, as `unstore` does.
-        :raise OSError: if there is no descriptor for the copy. Nothing is dropped then.
         """
-        if self._socket is None:
-            return
-        copy = os.dup(descriptor)
         for other in instead_of:
             self.unstore(other)
         # systemd drops what polls as hung up, such as the pidfd of a VMM that has exited.
-        self._send_for_sure("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", copy=copy)
+        self._send_for_sure("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptor=descriptor)
 
     def unstore(self, name: str) -> None:
         """Have what is kept by that name dropped."""
@@ -107,9 +112,10 @@ class ServiceManager:
 
     def close(self) -> None:
         """Tell nothing more. Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._again):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._again = None
         if self._socket is not None:
             if self._waiting:
                 asyncio.get_running_loop().remove_writer(self._socket)
@@ -130,14 +136,16 @@ class ServiceManager:
             with contextlib.suppress(OSError):
                 self._socket.send("\n".join(assignments).encode())
 
-    def _send_for_sure(self, *assignments: str, copy: int | None = None) -> None:
+    def _send_for_sure(self, *assignments: str, descriptor: int | None = None) -> None:
         """Send, later if the manager has much to read now, and in order.
 
-        :param copy: a descriptor that goes with it, taken over.
+        :param descriptor: goes with it, taken over.
         """
         if self._socket is None:
+            if descriptor is not None:
+                os.close(descriptor)
             return
-        self._waiting.append(("\n".join(assignments).encode(), copy))
+        self._waiting.append(("\n".join(assignments).encode(), descriptor))
         if len(self._waiting) == 1:
             self._nothing_waits.clear()
             self._send_waiting()
@@ -163,8 +171,12 @@ class ServiceManager:
             except BlockingIOError:
                 loop.add_writer(self._socket, self._send_waiting)
                 return
-            except OSError:
-                pass  # there is no manager any more
+            except OSError as error:
+                if error.errno in _FOR_NOW:
+                    loop.remove_writer(self._socket)
+                    self._again = loop.call_later(_SEND_AGAIN_AFTER, self._send_waiting)
+                    return
+                # There is no manager any more.
             self._waiting.popleft()
             if descriptor is not None:
                 os.close(descriptor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,26 +21,46 @@ from tests.support import belongings
 
 
 class Recorder(ServiceManager):
-    """Writes down what it is told to keep and to drop."""
+    """Writes down what it is told to keep and to drop, and keeps it as systemd does."""
 
     def __init__(self) -> None:
         super().__init__({})
         self.changes: list[str] = []
+        self.kept: dict[str, int] = {}
 
     def store(self, name: str, descriptor: int, instead_of: Sequence[str] = ()) -> None:
-        self.changes += [*(f"-{other}" for other in instead_of), f"+{name}"]
+        for other in instead_of:
+            self.unstore(other)
+        self.changes.append(f"+{name}")
+        if any(open_files.is_same(descriptor, other) for other in self.kept.values()):
+            os.close(descriptor)
+        else:
+            self.kept[name] = descriptor
 
     def unstore(self, name: str) -> None:
         self.changes.append(f"-{name}")
+        descriptor = self.kept.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def has(self, name: str, descriptor: int) -> bool:
+        """Tell whether that is what it would hand over by that name."""
+        return name in self.kept and open_files.is_same(self.kept[name], descriptor)
+
+    def close(self) -> None:
+        while self.kept:
+            os.close(self.kept.popitem()[1])
 
 
 @pytest.fixture
-def manager() -> Recorder:
-    return Recorder()
+def manager(assert_nothing_left: None) -> Iterator[Recorder]:
+    manager = Recorder()
+    yield manager
+    manager.close()
 
 
 @pytest.fixture
-def holding(manager: Recorder, assert_nothing_left: None) -> Iterator[Holding]:
+def holding(manager: Recorder) -> Iterator[Holding]:
     holding = Holding(manager)
     yield holding
     holding.close()
@@ -84,6 +104,7 @@ def test_one_file_by_two_names_is_not_the_same_to_the_manager(holding: Holding) 
 @contextmanager
 def forbidden(file: int) -> Iterator[None]:
     """Nobody may open it again: its owner has taken the right away."""
+    os.seteuid(0)
     os.fchmod(file, 0)
     os.seteuid(65534)
     try:
@@ -96,105 +117,206 @@ def forbidden(file: int) -> Iterator[None]:
 def leased(file: int) -> Iterator[None]:
     """Who opens it for writing waits for whoever has the lease, 45 s by default."""
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    own = os.dup(file)
+    fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     try:
         yield
     finally:
-        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.close(own)
         signal.signal(signal.SIGIO, before)
 
 
-not_to_be_opened_again = pytest.mark.parametrize("obstacle", [forbidden, leased])
+@contextmanager
+def executed(file: int) -> Iterator[None]:
+    """Nobody may write to what is a running program."""
+    os.pwrite(file, Path("/bin/sleep").read_bytes(), 0)
+    program = f"/proc/self/fd/{file}"
+    with subprocess.Popen(["sleep", "60"], executable=program, pass_fds=[file]) as running:
+        try:
+            yield
+        finally:
+            running.kill()
+
+
+@contextmanager
+def no_obstacle(file: int) -> Iterator[None]:
+    yield
+
+
+def a_memory_file() -> int:
+    return memory_file.create("ram", 4096)
+
+
+def no_memory_file() -> int:
+    """Return a descriptor of something that can be opened but once, as a userfaultfd."""
+    return os.eventfd(0, os.EFD_CLOEXEC)
+
+
 Obstacle = Callable[[int], AbstractContextManager[None]]
+not_to_be_opened_again = pytest.mark.parametrize("obstacle", [forbidden, leased, executed])
+of_any_kind = pytest.mark.parametrize(
+    ("make", "obstacle"),
+    [
+        (a_memory_file, no_obstacle),
+        (a_memory_file, forbidden),
+        (a_memory_file, leased),
+        (a_memory_file, executed),
+        (no_memory_file, no_obstacle),
+    ],
+    ids=["memory file", "forbidden", "leased", "executed", "no memory file"],
+)
 
 
 @not_to_be_opened_again
 @pytest.mark.timeout(10)
-def test_a_file_that_may_not_be_opened_again_is_kept_by_its_newest_name_and_its_migration_is_named(
+def test_a_file_that_may_not_be_opened_again_is_kept_by_one_name_and_its_migration_is_named(
     holding: Holding, manager: Recorder, capsys: pytest.CaptureFixture[str], obstacle: Obstacle
 ) -> None:
-    file = memory_file.create("ram", 4096)
+    file = a_memory_file()
     copy = os.dup(file)
-    holding.hold("vm0", "memory-file-0", file)
+    holding.hold("vm0", "vmm-memory-file-0", file)
     with obstacle(file):
         holding.hold("vm0", "vmm-1-memory-file-0", copy)
     assert [descriptor for _, _, descriptor in holding] == [file, copy]
-    assert "keeps a memory file by its newest name only" in "".join(capsys.readouterr())
-    assert manager.changes == [
-        "+vm0/memory-file-0",
-        "-vm0/memory-file-0",
-        "+vm0/vmm-1-memory-file-0",
-    ]
+    assert "keeps a memory file by one of its names only" in "".join(capsys.readouterr())
+    assert manager.changes == ["+vm0/vmm-memory-file-0"]
+    holding.release("vm0", "vmm-memory-file-0")
+    assert manager.has("vm0/vmm-1-memory-file-0", copy)
 
 
-@not_to_be_opened_again
+@of_any_kind
 @pytest.mark.timeout(10)
-def test_a_file_that_may_not_be_opened_again_is_kept_when_its_vmm_has_taken_anothers_place(
-    holding: Holding, manager: Recorder, obstacle: Obstacle
+def test_a_vmm_that_takes_anothers_place_is_kept_at_every_step(
+    holding: Holding, manager: Recorder, make: Callable[[], int], obstacle: Obstacle
 ) -> None:
-    before, after = (memory_file.create("ram", 4096) for _ in range(2))
-    holding.hold("vm0", "vmm-memory-file-0", before)
-    holding.hold("vm0", "vmm-1-memory-file-0", after)
+    before, after = make(), make()
+    holding.hold("vm0", "vmm-x", before)
     with obstacle(after):
-        holding.hold("vm0", "vmm-memory-file-0", os.dup(after))
-    holding.release("vm0", "vmm-1-memory-file-0")
-    assert manager.changes == [
-        *("+vm0/vmm-memory-file-0", "+vm0/vmm-1-memory-file-0"),
-        *("-vm0/vmm-1-memory-file-0", "+vm0/vmm-memory-file-0#2", "-vm0/vmm-memory-file-0"),
-    ]
+        holding.hold("vm0", "vmm-1-x", after)
+        assert manager.has("vm0/vmm-x", before) and manager.has("vm0/vmm-1-x", after)
+        holding.hold("vm0", "vmm-x", os.dup(after))
+        (its,) = [descriptor for _, name, descriptor in holding if name == "vmm-x"]
+        assert manager.has("vm0/vmm-x#2", its)
+        holding.release("vm0", "vmm-1-x")
+    assert set(manager.kept) == {"vm0/vmm-x#2"}
+    assert manager.has("vm0/vmm-x#2", its)
     holding.forget("vm0")
-    assert manager.changes[5:] == ["-vm0/vmm-memory-file-0#2"]
+    assert not manager.kept
 
 
-def test_what_can_be_opened_but_once_is_kept_by_its_last_name(
+@of_any_kind
+@pytest.mark.timeout(10)
+def test_a_vmm_that_takes_the_place_of_one_with_the_same_is_kept_at_every_step(
+    holding: Holding, manager: Recorder, make: Callable[[], int], obstacle: Obstacle
+) -> None:
+    descriptor = make()
+    holding.hold("vm0", "vmm-x", descriptor)
+    with obstacle(descriptor):
+        holding.hold("vm0", "vmm-1-x", os.dup(descriptor))
+        assert manager.has("vm0/vmm-x", descriptor)
+        holding.hold("vm0", "vmm-x", os.dup(descriptor))
+        assert manager.has("vm0/vmm-x", descriptor)
+        holding.release("vm0", "vmm-1-x")
+    assert set(manager.kept) == {"vm0/vmm-x"}
+    holding.forget("vm0")
+    assert not manager.kept
+
+
+@of_any_kind
+@pytest.mark.timeout(10)
+def test_a_vmm_whose_successor_has_the_same_and_is_given_up_is_kept(
+    holding: Holding, manager: Recorder, make: Callable[[], int], obstacle: Obstacle
+) -> None:
+    descriptor = make()
+    holding.hold("vm0", "vmm-x", descriptor)
+    with obstacle(descriptor):
+        holding.hold("vm0", "vmm-1-x", os.dup(descriptor))
+        holding.release("vm0", "vmm-1-x")
+    assert set(manager.kept) == {"vm0/vmm-x"}
+    assert manager.has("vm0/vmm-x", descriptor)
+
+
+@of_any_kind
+@pytest.mark.timeout(10)
+def test_a_vmm_that_has_the_same_in_another_order_is_kept(
+    holding: Holding, manager: Recorder, make: Callable[[], int], obstacle: Obstacle
+) -> None:
+    one, other = make(), make()
+    again = [os.dup(descriptor) for descriptor in (other, one, other, one)]
+    holding.hold("vm0", "vmm-0", one)
+    holding.hold("vm0", "vmm-1", other)
+    with obstacle(one), obstacle(other):
+        for name, descriptor in zip(["vmm-1-0", "vmm-1-1", "vmm-0", "vmm-1"], again, strict=True):
+            holding.hold("vm0", name, descriptor)
+        holding.release("vm0", "vmm-1-0")
+        holding.release("vm0", "vmm-1-1")
+    for _, name, descriptor in holding:
+        (kept_as,) = [kept for kept in manager.kept if kept.partition("#")[0] == f"vm0/{name}"]
+        assert manager.has(kept_as, descriptor)
+    assert len(manager.kept) == 2
+    holding.forget("vm0")
+    assert not manager.kept
+
+
+def test_what_is_forgotten_is_not_kept_by_another_name_first(
     holding: Holding, manager: Recorder
 ) -> None:
-    before, after = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(0, os.EFD_CLOEXEC)
-    holding.hold("vm0", "vmm-userfaultfd", before)
-    holding.hold("vm0", "vmm-1-userfaultfd", after)
-    holding.hold("vm0", "vmm-userfaultfd", os.dup(after))
-    holding.release("vm0", "vmm-1-userfaultfd")
-    assert manager.changes == [
-        *("+vm0/vmm-userfaultfd", "+vm0/vmm-1-userfaultfd"),
-        *("-vm0/vmm-1-userfaultfd", "+vm0/vmm-userfaultfd#2", "-vm0/vmm-userfaultfd"),
-    ]
-    holding.release("vm0", "vmm-userfaultfd")
-    assert manager.changes[-1] == "-vm0/vmm-userfaultfd#2"
+    first = no_memory_file()
+    holding.hold("vm0", "vmm-x", first)
+    holding.hold("vm0", "vmm-1-x", os.dup(first))
+    holding.forget("vm0")
+    assert manager.changes == ["+vm0/vmm-x", "-vm0/vmm-x"]
 
 
 def test_what_cannot_be_kept_is_closed_and_the_old_one_stays(
     holding: Holding, manager: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = a_descriptor()
+    first, second = a_descriptor(), a_descriptor()
     holding.hold("vm0", "listener", first)
-
-    def refuse(name: str, descriptor: int, instead_of: Sequence[str] = ()) -> None:
-        raise OSError(errno.EMFILE, "no")
-
-    monkeypatch.setattr(manager, "store", refuse)
-    with pytest.raises(OSError, match="no"):
-        holding.hold("vm0", "listener", a_descriptor())
+    with no_more_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        holding.hold("vm0", "listener", second)
     assert list(holding) == [("vm0", "listener", first)]
+    assert manager.has("vm0/listener", first)
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_there_is_no_descriptor_what_is_let_go_is_kept_by_its_other_name_all_the_same(
+    holding: Holding, manager: Recorder
+) -> None:
+    first = no_memory_file()
+    copy = os.dup(first)
+    holding.hold("vm0", "vmm-x", first)
+    holding.hold("vm0", "vmm-1-x", copy)
+    with no_more_descriptors():
+        holding.release("vm0", "vmm-x")
+    assert manager.has("vm0/vmm-1-x", copy)
 
 
 async def test_what_cannot_be_kept_has_no_other_name_of_it_dropped(tmp_path: Path) -> None:
-    before = belongings()
+    belonged = belongings()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
         heard.bind(str(tmp_path / "notify"))
         heard.setblocking(False)
         manager = ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "notify")})
         holding = Holding(manager)
-        userfaultfd = os.eventfd(0, os.EFD_CLOEXEC)
-        holding.hold("vm0", "vmm-1-userfaultfd", userfaultfd)
+        before, after = no_memory_file(), no_memory_file()
+        copy = os.dup(after)
+        holding.hold("vm0", "vmm-userfaultfd", before)
+        assert b"FDNAME=vm0/vmm-userfaultfd" in heard.recv(4096)
+        holding.hold("vm0", "vmm-1-userfaultfd", after)
         assert b"FDNAME=vm0/vmm-1-userfaultfd" in heard.recv(4096)
-        copy = os.dup(userfaultfd)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
-        try:
-            with pytest.raises(OSError, match="Too many open files"):
-                holding.hold("vm0", "vmm-userfaultfd", copy)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with no_more_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            holding.hold("vm0", "vmm-userfaultfd", copy)
         with pytest.raises(BlockingIOError):
             heard.recv(4096)
         # And it is still known by which name to drop it.
@@ -202,7 +324,7 @@ async def test_what_cannot_be_kept_has_no_other_name_of_it_dropped(tmp_path: Pat
         assert heard.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=vm0/vmm-1-userfaultfd"
         holding.close()
         manager.close()
-    assert belongings() == before
+    assert belongings() == belonged
 
 
 @pytest.mark.parametrize("names", [("vm0/a", "vm0/a#2"), ("vm0/a#2", "vm0/a")])

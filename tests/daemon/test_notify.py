@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from postcopyd.daemon.notify import ServiceManager
-from tests.support import belongings
+from tests.support import LIMIT, belongings
 
 
 def a_path(directory: Path) -> str:
@@ -140,7 +141,7 @@ async def test_what_is_to_be_kept_waits_for_a_manager_that_has_much_to_read(
     count = 500  # more than a datagram socket takes
     reading, writing = os.pipe()
     for number in range(count):
-        manager.store(f"vm0/{number}", reading)
+        manager.store(f"vm0/{number}", os.dup(reading))
     manager.unstore("vm0/0")
     manager.ready("up")
     os.close(reading)
@@ -161,6 +162,37 @@ async def test_what_is_to_be_kept_waits_for_a_manager_that_has_much_to_read(
         b"FDSTOREREMOVE=1\nFDNAME=vm0/0",
         b"READY=1\nSTATUS=up",
     ]
+    manager.close()
+
+
+async def test_what_is_to_be_kept_waits_while_too_many_descriptors_are_on_their_way(
+    systemd: socket.socket,
+) -> None:
+    """Those that nobody has received yet count as open files of the user who has sent them."""
+    manager = ServiceManager(environment_of(systemd))
+    reading, writing = os.pipe()
+    copies = [os.dup(reading) for _ in range(10)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    user = os.geteuid()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (5, hard))
+    os.seteuid(65534)
+    try:
+        for number, copy in enumerate(copies):
+            manager.store(f"vm0/{number}", copy)
+        over = asyncio.Event()
+        manager.when_told(over.set)
+        assert not over.is_set()
+    finally:
+        os.seteuid(user)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    async with asyncio.timeout(LIMIT):
+        await over.wait()
+    for number in range(len(copies)):
+        datagram, ancillary, _, _ = systemd.recvmsg(4096, socket.CMSG_SPACE(4))
+        assert datagram == f"FDSTORE=1\nFDNAME=vm0/{number}\nFDPOLL=0".encode()
+        os.close(int.from_bytes(ancillary[0][2], sys.byteorder))
+    os.close(reading)
+    os.close(writing)
     manager.close()
 
 
