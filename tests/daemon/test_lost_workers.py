@@ -253,11 +253,9 @@ def test_a_worker_that_does_nothing_holds_up_nobody_elses(daemon: RunningDaemon)
 
 @contextmanager
 def no_descriptor_to_spare(process: int) -> Iterator[None]:
-    """A process that can open nothing more."""
-    taken = {int(entry.name) for entry in Path(f"/proc/{process}/fd").iterdir()}
-    first_free = min(set(range(len(taken) + 1)) - taken)
+    """A process that can open nothing more, whatever it closes but its standard input."""
     soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
-    resource.prlimit(process, resource.RLIMIT_NOFILE, (first_free, hard))
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (1, hard))
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import os
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +14,7 @@ from postcopyd.incoming.ending import ListMissing, list_nowhere
 from postcopyd.incoming.estate import Keeper
 from postcopyd.incoming.settings import Settings
 from tests.incoming.engine import Engine
-from tests.incoming.guest import Guest
+from tests.incoming.guest import LIMIT, Guest
 from tests.incoming.read_ahead import ReadAhead
 
 
@@ -43,9 +45,18 @@ async def make_engine() -> AsyncIterator[Callable[..., Engine]]:
     for engine in made:
         await engine.close()
     gc.collect()
-    left = {
+    # uvloop closes a socket that it has watched when the watch has been ended, turns later.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LIMIT):
+            while _new_since(before):
+                await asyncio.sleep(0.01)
+    left = _new_since(before)
+    assert not left, f"descriptors left behind: {left}"
+
+
+def _new_since(before: set[str]) -> dict[str, str]:
+    return {
         number: os.readlink(f"/proc/self/fd/{number}")
         for number in set(os.listdir("/proc/self/fd")) - before
         if os.path.exists(f"/proc/self/fd/{number}")
     }
-    assert not left, f"descriptors left behind: {left}"
