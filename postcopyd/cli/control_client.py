@@ -65,9 +65,9 @@ class ControlClient:
         wish = {"qmp": qmp, "listen": listen, "name": name, "allowed_sources": allowed}
         return self._ask("POST", "/v1/qemu", json.dumps(wish).encode())
 
-    def retry(self, name: str, qmp: str) -> dict[str, Any]:
+    def retry(self, name: str, qmp: str, force: bool = False) -> dict[str, Any]:
         """Have the QEMU whose QMP socket is at `qmp` take the place of one that did not load."""
-        wish = json.dumps({"qmp": qmp}).encode()
+        wish = json.dumps({"qmp": qmp, "force": force}).encode()
         return self._ask("POST", _path_of(name) + "/retry", wish)
 
     def wait(self, name: str, timeout: float | None = None) -> dict[str, Any]:

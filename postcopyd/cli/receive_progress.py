@@ -87,11 +87,17 @@ class ReceiveProgress:
         """Say once what to do about a migration that needs somebody."""
         waits = bool(migration["waits_for_vmm"])
         if waits and not self._advised:
-            self._print(
-                "Nothing is lost: the device state and all memory that has come are kept. Start "
-                "another QEMU for it, then:\n"
-                f"  postcopyctl retry {printable(migration['name'])} --qmp OTHER"
-            )
+            kept = "the device state and all memory that has come are kept"
+            retry = f"postcopyctl retry {printable(migration['name'])} --qmp OTHER"
+            if migration["guest_may_have_run"]:
+                self._print(
+                    "The guest may have run: its QEMU had everything, and has exited without "
+                    "having said so. Look at what that QEMU and the guest's disks tell: begun once "
+                    f"more as it was then, it would spoil what it has written since. Here {kept}. "
+                    f"If it has not run, start another QEMU for it, then:\n  {retry} --force"
+                )
+            else:
+                self._print(f"Nothing is lost: {kept}. Start another QEMU for it, then:\n  {retry}")
         self._advised = waits
 
     def _tell_of_refused(self, migration: dict[str, Any]) -> None:

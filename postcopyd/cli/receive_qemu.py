@@ -51,6 +51,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EPILOG,
     )
     retry.add_argument("name", metavar="NAME", help="the migration")
+    retry.add_argument(
+        "--force",
+        action="store_true",
+        help="also where the guest may have run in the one before, and written to its disks",
+    )
     retry.set_defaults(func=_retry)
     for parser in (receive, retry):
         parser.add_argument(
@@ -76,7 +81,8 @@ def _receive(arguments: argparse.Namespace) -> int:
 
 def _retry(arguments: argparse.Namespace) -> int:
     client = ControlClient(arguments.control)
-    migration = client.retry(arguments.name, str(Path(arguments.qmp).absolute()))
+    monitor = str(Path(arguments.qmp).absolute())
+    migration = client.retry(arguments.name, monitor, arguments.force)
     return _see_it_through(client, migration, arguments.json)
 
 

@@ -7,7 +7,7 @@ POST /v1/migrations                           {"name", "listen"?, "handoff"?, ..
 POST /v1/qemu                                 {"qmp", "listen"?, "name"?, ...}: one for a QEMU; 201
 GET /v1/migrations/NAME                       one migration
 DELETE /v1/migrations/NAME?force=1            cancel it, or forget it if it has ended
-POST /v1/migrations/NAME/retry                {"qmp"}: another QEMU takes the place of a VMM
+POST /v1/migrations/NAME/retry                {"qmp", "force"?}: another QEMU takes a VMM's place
 POST /v1/migrations/NAME/abandon              {"force"?}: what has not come is given up
 GET /v1/migrations/NAME/wait?timeout=SECONDS  the migration when it has ended or the time is up
 ============================================  ===================================================
@@ -56,6 +56,7 @@ ERROR_STATUSES: Final[dict[str, HTTPStatus]] = {
     "past-the-package": HTTPStatus.CONFLICT,
     "vmm-refused": HTTPStatus.CONFLICT,
     "waits-for-no-vmm": HTTPStatus.CONFLICT,
+    "guest-may-have-run": HTTPStatus.CONFLICT,
     "cannot-abandon": HTTPStatus.CONFLICT,
     "unreadable": HTTPStatus.CONFLICT,
     "address-unusable": HTTPStatus.CONFLICT,
@@ -87,6 +88,7 @@ class _QemuRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 class _RetryRequest(msgspec.Struct, forbid_unknown_fields=True):
     qmp: str
+    force: bool = False
 
 
 class _AbandonRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -240,7 +242,8 @@ class ControlApi:
 
     async def _retry(self, request: web.Request) -> web.Response:
         wish = msgspec.json.decode(await request.read(), type=_RetryRequest)
-        entry = await self._finish(self._qemus.retry(request.match_info["name"], wish.qmp))
+        name = request.match_info["name"]
+        entry = await self._finish(self._qemus.retry(name, wish.qmp, wish.force))
         return _json(self._view(entry))
 
     async def _abandon(self, request: web.Request) -> web.Response:

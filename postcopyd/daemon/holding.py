@@ -98,7 +98,10 @@ class Holding:
             self._manager.store(
                 _stored_name(owner, name, number),
                 copy,
-                [_stored_name(owner, other, self._numbers.pop((owner, other))) for other in kept_as],
+                [
+                    _stored_name(owner, other, self._numbers.pop((owner, other)))
+                    for other in kept_as
+                ],
             )
         self.release(owner, name)
         self._put(owner, name, descriptor)

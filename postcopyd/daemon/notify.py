@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Final
 
-
 _FOR_NOW: Final = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 """What the kernel says where a datagram or its descriptor may go later: see unix(7)."""
 _SEND_AGAIN_AFTER: Final = 0.05  # seconds

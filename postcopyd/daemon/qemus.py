@@ -44,12 +44,13 @@ class Qemus:
         await self._attach(entry, vmm)
         return entry
 
-    async def retry(self, name: str, monitor: str) -> Entry:
+    async def retry(self, name: str, monitor: str, force: bool) -> Entry:
         """Have another QEMU take the place of a VMM that has not loaded its devices.
 
         :param monitor: path of its QMP socket.
-        :raise RegistryError: no-such-migration, waits-for-no-vmm, vmm-refused. Everything that
-            is here is kept then.
+        :param force: also where the guest may have run in that VMM.
+        :raise RegistryError: no-such-migration, waits-for-no-vmm, guest-may-have-run, vmm-refused.
+            Everything that is here is kept then.
         """
         entry = self._registry.get(name)
         if entry.migration is None or not entry.migration.waits_for_vmm:
@@ -58,14 +59,21 @@ class Qemus:
                 f"migration {name!r} is in state {entry.state.value} and needs no other VMM",
                 f"postcopyctl show {name} tells how it stands",
             )
-        await self._attach(entry, await _adopt(monitor))
+        if entry.migration.guest_may_have_run and not force:
+            raise RegistryError(
+                "guest-may-have-run",
+                f"the guest of migration {name!r} may have run in the QEMU before, which had "
+                "everything and has exited without a word",
+                "look at what that QEMU and its disks tell; if the guest has not run: --force",
+            )
+        await self._attach(entry, await _adopt(monitor), force)
         return entry
 
-    async def _attach(self, entry: Entry, vmm: QemuVmm) -> None:
+    async def _attach(self, entry: Entry, vmm: QemuVmm, force: bool = False) -> None:
         try:
             if entry.migration is None:
                 raise Refused(f"migration {entry.name!r} has ended")
-            entry.migration.attach_vmm(vmm)
+            entry.migration.attach_vmm(vmm, force=force)
         except Refused as error:
             await _give_back(vmm, str(error))
             raise RegistryError("vmm-refused", str(error)) from error

@@ -17,6 +17,7 @@ ErrorCode = Literal[
     "past-the-package",
     "vmm-refused",
     "waits-for-no-vmm",
+    "guest-may-have-run",
     "cannot-abandon",
     "stopping",
     "unavailable",

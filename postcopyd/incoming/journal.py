@@ -112,6 +112,8 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The one whose memory is filled, or the last one."""
     waits_for_vmm: bool = False
     """True when that one has not loaded its devices, and another may take its place."""
+    may_run: bool = False
+    """True when that one may have run, or may run, without having said so."""
     source: SourceRecord | None = None
     """None before the package has come: until then the source is the VM and begins anew."""
     switchover_at: float | None = None

@@ -21,10 +21,16 @@ class Loading:
     (`feed`) when its pre-copy has converged.
     """
 
-    def __init__(self, configuration: Configuration, unheard: Callable[[str | None], None]) -> None:
-        """Begin with the source's configuration; `unheard` is that of `DeviceLoad`."""
+    def __init__(
+        self,
+        configuration: Configuration,
+        unheard: Callable[[str | None], None],
+        given: Callable[[], None],
+    ) -> None:
+        """Begin with the source's configuration; the others are those of `DeviceLoad`."""
         self.configuration = configuration
         self._unheard = unheard
+        self._given = given
         self.collection = Collection(())
         """The blocks that are not watched; to be set when the VMM is known."""
         self.package: Package | None = None
@@ -108,7 +114,8 @@ class Loading:
     def _load(self, device_state: bytes) -> DeviceLoad:
         blocks = self.collection.contents()
         return DeviceLoad(
-            self.configuration.raw, device_state, blocks, self._collected, self._unheard
+            *(self.configuration.raw, device_state, blocks, self._collected),
+            *(self._unheard, self._given),
         )
 
     async def _rest(self) -> AsyncIterator[bytes]:

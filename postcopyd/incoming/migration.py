@@ -37,7 +37,7 @@ from postcopyd.incoming.states import AFTER_SWITCHOVER, WAITS_FOR_MEMORY, State
 from postcopyd.incoming.succession import Succession
 from postcopyd.incoming.switchover import Switchover
 from postcopyd.incoming.tasks import Tasks
-from postcopyd.incoming.vmm import Vmm
+from postcopyd.incoming.vmm import Vmm, VmmFailure
 from postcopyd.kernel.userfaultfd import Feature, Userfaultfd
 from postcopyd.ram.block import RamBlock
 from postcopyd.wire.errors import ProtocolError
@@ -99,6 +99,7 @@ class IncomingMigration:
             caught_up=self._caught_up,
             broken=self._filling_broken,
             unheard=self._vmm_unheard,
+            given=self._note,
         )
         self._removed_before = False
         self._finished = asyncio.Event()
@@ -106,7 +107,7 @@ class IncomingMigration:
         self._farewell = Farewell(estate, settings.close_timeout)
         self._tasks = Tasks(
             self._loop,
-            vmm_failed=lambda error: self._vmm_lost(f"the VMM failed: {error}"),
+            vmm_failed=self._vmm_failed,
             failed=lambda error: self._sourcing.lose(str(error)),
         )
         self._switchover = Switchover(
@@ -219,6 +220,11 @@ class IncomingMigration:
         return self._standing.waits_for_vmm
 
     @property
+    def guest_may_have_run(self) -> bool:
+        """True when it `waits_for_vmm`, and the guest may have run in the one before."""
+        return self._standing.guest_may_have_run
+
+    @property
     def path(self) -> StreamPath | None:
         """Where its stream goes through the network; None if there is none, or not over IP."""
         return self._standing.link.path if self._standing.link is not None else None
@@ -233,13 +239,14 @@ class IncomingMigration:
         """The VMM whose memory is filled."""
         return self._recipient.vmm
 
-    def attach_vmm(self, vmm: Vmm) -> None:
+    def attach_vmm(self, vmm: Vmm, *, force: bool = False) -> None:
         """Fill the memory of `vmm`, which is taken over.
 
         When a VMM has not loaded its devices, another one may take its place.
 
-        :raise Refused: if there is a VMM already, the migration has ended, or its memory cannot
-            be accounted for. `vmm` then still is the caller's.
+        :param force: also where the guest may have run in that one.
+        :raise Refused: if there is a VMM already, the migration has ended, its memory cannot be
+            accounted for, or the guest may have run. `vmm` then still is the caller's.
         """
         if self.state.ended:
             raise Refused(f"migration {self.name!r} has ended")
@@ -247,6 +254,11 @@ class IncomingMigration:
         if recipient.vmm is not None:
             raise Refused(f"migration {self.name!r} already has a VMM: {recipient.vmm.description}")
         if self.waits_for_vmm:
+            if self.guest_may_have_run and not force:
+                raise Refused(
+                    f"the guest of migration {self.name!r} may have run in the VMM before: begun "
+                    "once more as it was then, it would spoil what it has written since"
+                )
             recipient.attach_replacement(vmm)
             self._tasks.begin_for_vmm(self._replace())
         else:
@@ -403,6 +415,11 @@ class IncomingMigration:
         self._sourcing.resume()
         if self._arrival.stream_ended:
             self._sourcing.look_for_the_end()  # it may have ended while there was no VMM
+
+    def _vmm_failed(self, error: VmmFailure) -> None:
+        if not error.may_have_run:
+            self._recipient.may_run = False
+        self._vmm_lost(f"the VMM failed: {error}")
 
     def _vmm_lost(self, reason: str) -> None:
         """Go on without the VMM, which has gone or does not load its devices."""

@@ -70,8 +70,13 @@ class Recipient:
         caught_up: Callable[[], None],
         broken: Callable[[Exception], None],
         unheard: Callable[[str | None], None],
+        given: Callable[[], None],
     ) -> None:
-        """Wait for a VMM. `unheard` is that of `DeviceLoad`, all else that of `MemoryFilling`."""
+        """Wait for a VMM.
+
+        `unheard` is that of `DeviceLoad`; `given` is called when `may_run` has become true; all
+        else is that of `MemoryFilling`.
+        """
         self._estate = estate
         self._settings = settings
         self._events = events
@@ -83,12 +88,14 @@ class Recipient:
         self._caught_up = caught_up
         self._broken = broken
         self._unheard = unheard
+        self._given = given
         self._loop = asyncio.get_running_loop()
         self.vmm: Vmm | None = None
         """None before one has come, and while one that did not load has none in its place."""
         self._replacement: Replacement | None = None
         self._may_be_unsettled = False
-        """True for a VMM of which perhaps not everything that is left outlives us yet."""
+        """True for an inherited VMM: who has left it may have been killed before all that is left
+        of it outlived us."""
         self.attached = asyncio.Event()
         self._filling: MemoryFilling | None = None
         self._assemblers: tuple[Assembler, Assembler] | None = None
@@ -102,6 +109,8 @@ class Recipient:
         self._staging_limits = StagingLimits(self._loop, settings, self._staged)
         self.loaded_at: float | None = None
         """When the VMM has run, seconds of `perf_counter`; None before."""
+        self.may_run = False
+        """True from when the VMM, or the one before, may run whether it has said so or not."""
 
     # -- which VMM -----------------------------------------------------------------------------
 
@@ -120,6 +129,7 @@ class Recipient:
             self._open(vmm.memory, vmm.fed_blocks, vmm.thread_names)
         except (OSError, ValueError) as error:
             raise Refused(f"the memory of the VMM cannot be used: {error}") from error
+        self._may_be_unsettled = self._estate.leaves(inheriting.WATCHES_MEMORY)
         inheriting.leave(vmm, self._estate)
         self._take(vmm)
 
@@ -178,6 +188,7 @@ class Recipient:
             )
         except (ValueError, VmmFailure, ProtocolError) as error:
             raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
+        self.may_run = False
         self._replacement = Replacement(vmm, self._estate)
         self._take(vmm)
 
@@ -210,7 +221,7 @@ class Recipient:
         """
         try:
             configuration = source_record.configuration_of(source)
-            self._loading = loading = Loading(configuration, self._unheard)
+            self._loading = loading = Loading(configuration, self._unheard, self._is_given)
             loading.collection = self._collection
             self.take_block_list(source_record.block_list_of(source))
             loading.take_package(source_record.package_of(source, self._package_file))
@@ -228,7 +239,6 @@ class Recipient:
         :raise OSError: if it has exited.
         """
         self.vmm = vmm
-        # Who has left it may have been killed before it was settled.
         self._may_be_unsettled = True
         self.attached.set()
         self.listen()
@@ -263,7 +273,6 @@ class Recipient:
         except (OSError, ValueError) as error:
             raise VmmFailure(f"what is here cannot be given to it: {error}") from error
         self._replacement = None
-        self._may_be_unsettled = True
         if self._blocktime is not None:
             self._blocktime.rename(self._the_vmm().thread_names)
 
@@ -299,7 +308,7 @@ class Recipient:
 
     def configure(self, configuration: Configuration) -> None:
         """Take the source's configuration, before there need be a VMM."""
-        self._loading = Loading(configuration, self._unheard)
+        self._loading = Loading(configuration, self._unheard, self._is_given)
 
     @property
     def loading(self) -> Loading:
@@ -459,13 +468,18 @@ class Recipient:
         self._runs(perf_counter())
 
     async def _settled(self) -> None:
-        """Return when a VMM that has taken another's place, or was inherited, may become the guest.
+        """Return when a VMM that was inherited may become the guest.
 
-        Any other one has been told that it is taken when everything was settled already.
+        Any other one has been told that it is taken, or has taken another's place, when everything
+        was settled already.
         """
         if self._may_be_unsettled:
             await self._estate.settled()
             self._may_be_unsettled = False
+
+    def _is_given(self) -> None:
+        self.may_run = True
+        self._given()
 
     def _runs(self, since: float) -> None:
         self.loaded_at = since

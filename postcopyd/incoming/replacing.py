@@ -59,6 +59,8 @@ class Replacement:
         move = Move(filling.holdings, self._vmm.memory)
         try:
             await aside.do(move.copy)
+            # The journal, which is memory, must never be ahead of the descriptors that it names.
+            await self._estate.settled()
             move.prepare()
             self._journal_names_it = True
             try:
@@ -68,6 +70,7 @@ class Replacement:
                 raise
             filling.move_to(self._vmm.memory, move)
             inheriting.leave(self._vmm, self._estate, replaces=True)
+            await self._estate.settled()
             self.in_place = True
             record()
         except BaseException:

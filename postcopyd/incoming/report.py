@@ -221,3 +221,5 @@ class Report(msgspec.Struct, frozen=True):
     """Bytes that never came."""
     waits_for_vmm: bool = False
     """True when everything is kept for another VMM, because one has not loaded its devices."""
+    guest_may_have_run: bool = False
+    """True when that one had everything and has exited without having said whether it ran."""

@@ -103,6 +103,11 @@ class Standing:
         return without and self._course.state is State.PAUSED
 
     @property
+    def guest_may_have_run(self) -> bool:
+        """True when that one had everything, and has gone without having said whether it ran."""
+        return self.waits_for_vmm and self._recipient.may_run
+
+    @property
     def package(self) -> bytes | None:
         """The device package as it was received, None before it has come."""
         package = self._recipient.loading.package if self._recipient.begun else None
@@ -136,6 +141,7 @@ class Standing:
             preempt=self.preempt,
             vmm=recipient.vmm_record() or self._vmm,
             waits_for_vmm=self.waits_for_vmm,
+            may_run=recipient.may_run,
             source=source,
             switchover_at=self._switchover.began_at,
             loaded_at=recipient.loaded_at,
@@ -187,4 +193,5 @@ class Standing:
             missing_ranges=self.missing.ranges,
             missing_length=self.missing.length,
             waits_for_vmm=self.waits_for_vmm,
+            guest_may_have_run=self.guest_may_have_run,
         )

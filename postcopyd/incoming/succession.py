@@ -107,6 +107,7 @@ class Succession:
         state, record, vmm = legacy.state, legacy.record, legacy.vmm
         names = vmm.thread_names if vmm is not None else {}
         recipient.restore(legacy.inherited.memory, legacy.inherited.fed_blocks, names)
+        recipient.may_run = record.may_run
         self._switchover.began_at = record.switchover_at
         self._standing.preempt = record.preempt
         if record.source is not None:

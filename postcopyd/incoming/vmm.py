@@ -89,10 +89,18 @@ class DeviceLoad(msgspec.Struct, frozen=True):
     unheard: Callable[[str | None], None]
     """Told why it cannot be found out whether a VMM that has all of this runs; None when it can be
     again."""
+    given: Callable[[], None]
+    """Told that the VMM is about to have everything, where it runs then before it says so: until
+    `Vmm.run` returns or fails nobody knows whether the guest has run."""
 
 
 class VmmFailure(Exception):
     """The VMM could not do what was asked; the text says why."""
+
+    def __init__(self, reason: str, *, may_have_run: bool = False) -> None:
+        """Say why, and whether the guest may have run in it all the same."""
+        super().__init__(reason)
+        self.may_have_run = may_have_run
 
 
 class Vmm(Protocol):
@@ -151,7 +159,8 @@ class Vmm(Protocol):
     async def run(self, load: DeviceLoad) -> None:
         """Have the device state loaded; return when the VMM runs.
 
-        A failure means that the guest has not run: another VMM may take its place.
+        A failure means that the guest has not run, unless it says otherwise: another VMM may take
+        its place.
         """
 
     async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:

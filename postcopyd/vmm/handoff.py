@@ -31,6 +31,7 @@ from postcopyd.wire.handoff import Failed, Handoff, encode
 __all__ = ["HandoffListener", "HandoffRefused", "OnRefused", "OnVmm", "PassOn", "Registration"]
 
 _MOST_UNANSWERED = 64  # connections that are looked at together; others wait in the backlog
+_OFTEN_OPENED = 8  # open files of one memory file in a handoff at most
 _ACCEPT_PAUSE = 1.0  # seconds, when there is no descriptor to accept with
 
 
@@ -331,6 +332,8 @@ def _first_of_each(descriptors: Sequence[int]) -> list[int]:
     """Return for each descriptor the first memory file that is one open file with it.
 
     It is left to a successor once: a service manager keeps no open file by two names.
+
+    :raise HandoffRefused: if one file was opened very often, each of which is compared with all.
     """
     different: dict[tuple[int, int], list[int]] = {}
     firsts = [descriptors[0]]
@@ -339,6 +342,11 @@ def _first_of_each(descriptors: Sequence[int]) -> list[int]:
         others = different.setdefault((status.st_dev, status.st_ino), [])
         first = next((one for one in others if open_files.is_same(one, descriptor)), None)
         if first is None:
+            if len(others) == _OFTEN_OPENED:
+                raise HandoffRefused(
+                    f"{checks.link_target(descriptor)} is handed over as more than {_OFTEN_OPENED} "
+                    "open files: open it once"
+                )
             first = descriptor
             others.append(descriptor)
         firsts.append(first)

@@ -227,15 +227,13 @@ class NativeVmm:
                 async with asyncio.timeout(within):
                     answer = await self._answer
             except TimeoutError:
-                self._break(f"it has not answered {question} within {within:g} s")
-                raise VmmFailure(self._broken) from None
+                raise self._break(f"it has not answered {question} within {within:g} s") from None
             finally:
                 self._answer = None
         if isinstance(answer, wire.Refused):
             raise VmmFailure(f"it refused {question}: {answer.reason}")
         if not isinstance(answer, wanted):
-            self._break(f"it answered {_name_of(answer)} to {question}")
-            raise VmmFailure(self._broken)
+            raise self._break(f"it answered {_name_of(answer)} to {question}")
 
     def _send(self, event: wire.Event, descriptor: int | None = None) -> None:
         """Send a line; a VMM that does not take it is broken, which the next question tells.
@@ -308,13 +306,15 @@ class NativeVmm:
         if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)
 
-    def _break(self, why: str) -> None:
-        """From here on every question fails with this reason; the first one counts."""
+    def _break(self, why: str) -> VmmFailure:
+        """Have every question fail from here on; return with what. The first reason counts."""
         if self._broken is None:
             self._broken = why
+        failure = VmmFailure(self._broken)
         self._accepted.set()
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(VmmFailure(self._broken))
+            self._answer.set_exception(failure)
+        return failure
 
 
 def _name_of(message: wire.Event | wire.Answer) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import ExitStack
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -31,10 +31,12 @@ _LAST_WORDS: Final = 5.0
 _LOOK: Final = 0.001
 _LONGEST_LOOK: Final = 0.1
 """Seconds between two looks at whether QEMU runs: from the first to the last."""
-_TOLD: Final = 3
-"""Looks one after the other that must fail before it is told: one that exits fails the first."""
+_TOLD_AFTER: Final = 1.0
+"""Seconds for which no look has an answer before that is told: one that exits has none either."""
 
 KIND: Final = "qemu"
+
+T = TypeVar("T")
 
 
 class QemuRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,24 +178,32 @@ class QemuVmm:
         await self._load(load, rest)
 
     async def _load(self, load: DeviceLoad, rest: AsyncIterator[bytes] | None) -> None:
-        feed = self._feed
-        if feed is None:
-            if not await self._becomes_the_guest(load):
-                raise VmmFailure("postcopyd was killed while it fed QEMU")
-            return
         async with self._loading:
-            keep_process = self._facts.version >= _KEEPS_PROCESS
-            try:
-                await feed.load(load, rest, keep_process=keep_process)
-                runs = await self._becomes_the_guest(load)
-            except FeedRefused as error:
-                raise VmmFailure(f"it cannot be fed: {error}") from error
-            except (FeedFailure, MonitorFailure) as error:
-                raise VmmFailure(f"{error}; {await self._last_words()}") from error
-            finally:
-                feed.close()
-            if not runs:
-                raise VmmFailure(f"it does not run; {await self._last_words()}")
+            if self._feed is not None:
+                await self._be_fed(self._feed, load, rest)
+            if await self._becomes_the_guest(load):
+                return
+            reason = f"it has not said that it runs; {await self._last_words()}"
+            if self._feed is None:
+                reason = f"postcopyd was killed while it fed QEMU; {reason}"
+            raise VmmFailure(reason, may_have_run=self._gone.is_set())
+
+    async def _be_fed(
+        self, feed: Feed, load: DeviceLoad, rest: AsyncIterator[bytes] | None
+    ) -> None:
+        keep_process = self._facts.version >= _KEEPS_PROCESS
+        try:
+            await feed.load(load, rest, keep_process=keep_process)
+        except FeedRefused as error:
+            raise VmmFailure(f"it cannot be fed: {error}") from error
+        except FeedFailure as error:
+            last_words = await self._last_words()
+            raise VmmFailure(
+                f"{error}; {last_words}",
+                may_have_run=self._session is not None and self._session.has_resumed,
+            ) from error
+        finally:
+            feed.close()
 
     async def _becomes_the_guest(self, load: DeviceLoad) -> bool:
         """Return True when a QEMU that may have been fed everything runs, or is paused.
@@ -204,33 +214,56 @@ class QemuVmm:
         middle with a process that was killed; or that it has exited.
         """
         pause = _LOOK
-        failures = 0
+        heard_at = self._loop.time()
+        told = False
         while not self._gone.is_set():
             try:
-                monitor = await self._monitor()
-                incoming = await monitor.execute("query-migrate", within=None)
-                answer = await monitor.execute("query-status", within=None)
+                answers = await self._unless_it_exits(self._ask_how_it_stands())
             except MonitorFailure as error:
                 await self._close_monitor()
                 self._session = None
-                failures += 1
-                if failures == _TOLD:
+                if not told and self._loop.time() - heard_at >= _TOLD_AFTER:
+                    told = True
                     load.unheard(str(error))
             else:
-                if failures >= _TOLD:
+                if told and answers is not None:
+                    told = False
                     load.unheard(None)
-                failures = 0
-                if answer["status"] != "inmigrate":
-                    return True
-                if incoming.get("status") not in _LOADS:
-                    return False
+                heard_at = self._loop.time()
+                match answers:
+                    case migration, "inmigrate":
+                        if migration not in _LOADS:
+                            return False
+                    case _, _:
+                        return True
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_LOOK)
         return False
 
+    async def _ask_how_it_stands(self) -> tuple[str, str]:
+        """Return the status of the incoming migration and then that of the machine."""
+        monitor = await self._monitor()
+        incoming = _status_of(await monitor.execute("query-migrate", within=None))
+        return incoming, _status_of(await monitor.execute("query-status", within=None))
+
+    async def _unless_it_exits(self, asking: Coroutine[Any, Any, T]) -> T | None:
+        """Return what comes of it; None if QEMU has exited before."""
+        asked = asyncio.create_task(asking)
+        exited = asyncio.create_task(self._gone.wait())
+        try:
+            await asyncio.wait({asked, exited}, return_when=asyncio.FIRST_COMPLETED)
+            return asked.result() if asked.done() else None
+        finally:
+            for task in (asked, exited):
+                task.cancel()
+
     async def _monitor(self) -> QemuMonitor:
         if self._session is None:
-            self._session = await QemuMonitor.connect(self._monitor_path, self._within)
+            session = await QemuMonitor.connect(self._monitor_path, self._within)
+            if session.peer_process != self._process.pid:
+                await session.close()
+                raise MonitorFailure(f"{self._monitor_path} is the monitor of another process now")
+            self._session = session
         return self._session
 
     async def _close_monitor(self) -> None:
@@ -238,18 +271,14 @@ class QemuVmm:
             await self._session.close()
 
     async def _last_words(self) -> str:
-        """Find out why QEMU has not loaded."""
-        exited = asyncio.create_task(self._gone.wait())
-        asked = asyncio.create_task(self._reason())
-        await asyncio.wait({exited, asked}, return_when=asyncio.FIRST_COMPLETED)
-        said = asked.result() if asked.done() else None
-        if said is None:
-            # One that exits closes its monitor shortly before.
-            await asyncio.wait({exited}, timeout=_LAST_WORDS)
-        for task in (exited, asked):
-            task.cancel()
+        """Find out why QEMU has not become the guest."""
+        said = await self._unless_it_exits(self._reason())
         if said is not None:
             return f"QEMU says: {said}; the end of its standard error may say more"
+        # One that exits closes its monitor shortly before.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._gone.wait()
         if self._gone.is_set():
             return "it has exited, the end of its standard error says why"
         return "it does not say why"
@@ -314,6 +343,17 @@ class QemuVmm:
     def _exited(self) -> None:
         self._loop.remove_reader(self._process.pidfd)
         self._gone.set()
+
+
+class _Status(msgspec.Struct):
+    status: str = ""
+
+
+def _status_of(answer: object) -> str:
+    try:
+        return msgspec.convert(answer, _Status).status
+    except msgspec.ValidationError as error:
+        raise MonitorFailure(f"QEMU answers what it never does: {error}") from error
 
 
 def restore_qemu(inherited: InheritedVmm, *, within: float = 10.0) -> QemuVmm:

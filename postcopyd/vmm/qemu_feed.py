@@ -86,6 +86,7 @@ class Feed:
         for piece in writer.pages([(block.name, block.content) for block in load.blocks]):
             await self._send(piece)
         if rest is None:
+            load.given()
             await self._send(FEED_END)
         else:
             async for data in rest:

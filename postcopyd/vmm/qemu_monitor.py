@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 _UCRED: Final = struct.Struct("iII")
 
@@ -27,11 +27,14 @@ class MonitorFailure(Exception):
 class QemuMonitor:
     """One QMP session. QEMU serves one client on each of its monitors."""
 
-    def __init__(self, path: str, connection: socket.socket, client: QMPClient) -> None:
+    def __init__(
+        self, path: str, connection: socket.socket, client: QMPClient, resumed: EventListener
+    ) -> None:
         """Take over a session that has begun; `connect` begins one."""
         self.path = path
         self._connection = connection
         self._client = client
+        self._resumed = resumed
 
     @classmethod
     async def connect(cls, path: str, within: float) -> QemuMonitor:
@@ -43,13 +46,15 @@ class QemuMonitor:
             begun by then.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client, resumed = QMPClient(), EventListener("RESUME")
+        client.register_listener(resumed)
         try:
             connection.setblocking(False)
-            client = await _begin(path, connection, within)
+            await _begin(client, path, connection, within)
         except BaseException:
             connection.close()
             raise
-        return cls(path, connection, client)
+        return cls(path, connection, client, resumed)
 
     @property
     def peer_process(self) -> int:
@@ -58,6 +63,11 @@ class QemuMonitor:
             socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size
         )
         return int(_UCRED.unpack(credentials)[0])
+
+    @property
+    def has_resumed(self) -> bool:
+        """True when QEMU has said, in this session, that its guest runs: it says so just before."""
+        return not self._resumed.empty()
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, within: float | None
@@ -120,8 +130,7 @@ def _check_connected(connection: socket.socket) -> None:
         raise _NobodyAccepts from error
 
 
-async def _begin(path: str, connection: socket.socket, within: float) -> QMPClient:
-    client = QMPClient()
+async def _begin(client: QMPClient, path: str, connection: socket.socket, within: float) -> None:
     # Descriptors are passed over the connection itself, everything else over the library's copy.
     copy = connection.dup()
     try:
@@ -138,8 +147,6 @@ async def _begin(path: str, connection: socket.socket, within: float) -> QMPClie
         raise MonitorFailure(f"{path}: it does not speak QMP: {_text_of(error.exc)}") from error
     except OSError as error:
         raise MonitorFailure(f"{path}: {_text_of(error)}") from error
-    else:
-        return client
     finally:
         if client.runstate is not Runstate.RUNNING:
             copy.close()

@@ -30,6 +30,7 @@ MIGRATION: dict[str, Any] = {
     "length": 1 << 30,
     "counters": {"faults": 0},
     "waits_for_vmm": False,
+    "guest_may_have_run": False,
     "refused": None,
 }
 
@@ -102,8 +103,17 @@ def test_what_to_do_about_a_vmm_that_did_not_load_is_said_once() -> None:
     with ReceiveProgress(output) as progress:
         progress.show(waits)
         progress.show(waits)
-    assert output.getvalue().count("postcopyctl retry vm0 --qmp OTHER") == 1
+    assert output.getvalue().count("postcopyctl retry vm0 --qmp OTHER\n") == 1
     assert "Nothing is lost" in output.getvalue()
+
+
+def test_where_the_guest_may_have_run_its_operator_is_told_to_look_first() -> None:
+    output = io.StringIO()
+    waits = MIGRATION | {"state": "paused", "failure": "it has exited", "waits_for_vmm": True}
+    with ReceiveProgress(output) as progress:
+        progress.show(waits | {"guest_may_have_run": True})
+    assert output.getvalue().count("postcopyctl retry vm0 --qmp OTHER --force\n") == 1
+    assert "Nothing is lost" not in output.getvalue()
 
 
 def test_who_was_refused_is_told_once() -> None:

@@ -228,6 +228,7 @@ async def test_a_host_check_that_breaks_is_an_error(
         ("POST /v1/migrations/none/retry", b'{"qmp":"/no/s"}', 404, "no-such-migration"),
         ("POST /v1/migrations/known/retry", b'{"qmp":"/no/s"}', 409, "waits-for-no-vmm"),
         ("POST /v1/migrations/known/retry", b"{}", 400, "invalid-request"),
+        ("POST /v1/migrations/known/retry", b'{"qmp":"/no/s","force":1}', 400, "invalid-request"),
         ("GET /v1/nothing", b"", 404, "not-found"),
         ("PUT /v1/migrations", b"", 405, "method-not-allowed"),
         ("GET /v1/migrations/" + "x" * 9000, b"", 400, "invalid-request"),

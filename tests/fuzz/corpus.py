@@ -236,6 +236,7 @@ RECORD: Final[dict[str, Any]] = {
         "registered": False,
     },
     "waits_for_vmm": False,
+    "may_run": False,
     "source": {
         "configuration": "UUVWTQAAAAMHAAAABXBjLXEz",
         "blocks": [{"name": "pc.ram", "length": 64 * PAGE, "page_size": PAGE}],

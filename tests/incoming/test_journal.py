@@ -60,6 +60,7 @@ records = st.builds(
     preempt=texts,
     vmm=st.none() | vmms,
     waits_for_vmm=st.booleans(),
+    may_run=st.booleans(),
     source=st.none() | sources,
     switchover_at=times,
     loaded_at=times,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from postcopyd.incoming import events
 from postcopyd.incoming.estate import Estate
 from postcopyd.incoming.holdings import Holdings
+from postcopyd.incoming.journal import Journal, VmmRecord
 from postcopyd.incoming.moving import check_fits
 from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.states import State
@@ -70,22 +73,51 @@ async def test_what_has_come_is_moved_over_and_the_rest_goes_to_the_new_one(
     assert engine.migration.failure is None
 
 
-async def test_it_may_not_become_the_guest_before_what_is_left_of_it_outlives_us(
+class SlowHolder(Holder):
+    """Tells only when it is allowed to that all outlives its migration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: asyncio.Queue[asyncio.Event] = asyncio.Queue()
+
+    async def settled(self) -> None:
+        allowed = asyncio.Event()
+        self.asked.put_nowait(allowed)
+        await allowed.wait()
+
+    @property
+    def record(self) -> VmmRecord:
+        """What the journal says of the VMM."""
+        with contextlib.closing(Journal(os.dup(self.held["journal"]))) as journal:
+            record = journal.read()
+        assert record is not None and record.vmm is not None
+        return record.vmm
+
+
+async def test_a_successor_is_told_of_it_only_when_what_is_left_of_it_outlives_us(
     make_engine: MakeEngine, make_guest: MakeGuest
 ) -> None:
-    holder = Holder()
-    engine = make_engine(pages=256, keeper=holder)
+    """The journal is memory, and what is told to whoever holds descriptors is on its way."""
+    holder = SlowHolder()
+    engine = make_engine(pages=256, shared=True, keeper=holder)
     content = image(256)
     await half_way(engine, content)
     await refuse_to_load(engine)
-    holder.may_settle.clear()
-    vmm = InProcessVmm(make_guest(pages=256))
+    (before,) = holder.record.blocks
+    vmm = InProcessVmm(make_guest(pages=256, shared=True))
     engine.migration.attach_vmm(vmm)
-    await engine.reach(State.LISTENING)
-    await seen(engine.source)
-    assert "run" not in vmm.told
-    holder.may_settle.set()
+    async with asyncio.timeout(LIMIT):
+        allowed = await holder.asked.get()
+        assert holder.record.blocks == (before,)
+        allowed.set()
+        allowed = await holder.asked.get()
+    (aside,) = holder.record.blocks
+    assert aside.address == vmm.guest.address
+    assert aside.memory_file == f"1-{before.memory_file}"
+    assert engine.migration.waits_for_vmm and "listening" not in vmm.told
+    allowed.set()
     await engine.reach(State.RUNNING)
+    assert holder.record.blocks[0].memory_file == before.memory_file
     await engine.source.postcopy("pc.ram", content, range(128 * PAGE, 256 * PAGE, PAGE))
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)

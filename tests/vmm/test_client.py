@@ -32,7 +32,7 @@ async def serve(vmm: NativeVmm, device_state: bytes = b"state") -> PageSource:
     source = PageSource(vmm)
     source.listen()
     vmm.listening()
-    await vmm.run(DeviceLoad(b"", device_state, (), asyncio.Event(), print))
+    await vmm.run(DeviceLoad(b"", device_state, (), asyncio.Event(), print, print))
     return source
 
 

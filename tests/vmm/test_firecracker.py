@@ -96,7 +96,7 @@ async def test_a_whole_vmm_runs_on_memory_that_is_served(
         await vmm.advise()
         await vmm.discard()
         vmm.listening()
-        await vmm.run(DeviceLoad(b"", b"", (), asyncio.Event(), print))
+        await vmm.run(DeviceLoad(b"", b"", (), asyncio.Event(), print, print))
         assert await said(pipe) == []
         assert source.faults >= sum(LENGTHS) // PAGE
         await vmm.complete(0)
@@ -178,7 +178,7 @@ async def test_a_device_state_is_refused_because_nobody_would_load_it(
     stand_in.hand_over(handoffs.path).close()
     vmm = await handoffs.firecracker_vmm()
     with pytest.raises(VmmFailure, match="Firecracker restores its own device state"):
-        await vmm.run(DeviceLoad(b"", b"state", (), asyncio.Event(), print))
+        await vmm.run(DeviceLoad(b"", b"state", (), asyncio.Event(), print, print))
 
 
 async def test_closing_twice_closes_once(handoffs: Handoffs, stand_in: FirecrackerStandIn) -> None:

@@ -35,7 +35,7 @@ async def pair(handoffs: Handoffs, offer: Offer) -> AsyncIterator[Pair]:
         yield Pair(vmm, peer)
 
 
-LOAD = DeviceLoad(b"", b"state", (), asyncio.Event(), print)
+LOAD = DeviceLoad(b"", b"state", (), asyncio.Event(), print, print)
 
 # Each thing that is asked: how, the event that the VMM sees, its answer.
 QUESTIONS: dict[str, tuple[Callable[[NativeVmm], Awaitable[None]], str]] = {
@@ -81,7 +81,7 @@ async def test_what_was_answered_is_not_asked_again(pair: Pair, question: str) -
 async def test_the_device_state_comes_in_a_sealed_memory_file(pair: Pair, size: int) -> None:
     device_state = os.urandom(size)
     asking = asyncio.ensure_future(
-        pair.vmm.run(DeviceLoad(b"", device_state, (), asyncio.Event(), print))
+        pair.vmm.run(DeviceLoad(b"", device_state, (), asyncio.Event(), print, print))
     )
     assert await pair.peer.line() == {"event": "run", "length": size}
     (descriptor,) = pair.peer.descriptors

@@ -268,6 +268,17 @@ async def test_a_memory_file_that_comes_twice_is_taken_once(
         assert "memory-file-1" not in vmm.descriptors
 
 
+async def test_a_memory_file_that_was_opened_very_often(
+    handoffs: Handoffs, file_offer: Offer
+) -> None:
+    """Each is compared with the others, and the other guests of the worker wait meanwhile."""
+    again = [memory_file.open_again(file_offer.descriptors[1]) for _ in range(8)]
+    file_offer.descriptors += again
+    assert "is handed over as more than 8 open files" in await refused(handoffs, file_offer)
+    for descriptor in again:
+        os.close(descriptor)
+
+
 def test_memory_files_are_compared_once_however_many_blocks_name_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
