@@ -44,6 +44,8 @@ from postcopyd.wire.errors import ProtocolError
 
 _LAST_WORDS = 0.5
 """Seconds in which a VMM that has exited may be seen to, by who knows more than that it has."""
+_LONG_LAST_WORDS = 15.0
+"""The same where nobody knows whether its guest has run."""
 
 
 class IncomingMigration:
@@ -426,7 +428,8 @@ class IncomingMigration:
         recipient = self._recipient
         if self.state.ended or recipient.vmm is None:
             return
-        if self.before_package or recipient.loaded_at is not None:
+        has_run = recipient.loaded_at is not None or recipient.vmm.has_run
+        if self.before_package or has_run:
             self._ending.fail(reason)
             return
         self._tasks.end_with_vmm()
@@ -447,7 +450,9 @@ class IncomingMigration:
 
     async def _lose_vmm_soon(self, reason: str) -> None:
         """Go on without the VMM, whose memory has gone; unless it says why first."""
-        await asyncio.sleep(_LAST_WORDS)
+        # A process gives its memory back before it closes anything, and that takes its time: the
+        # more so as what it says then may be that it has not run.
+        await asyncio.sleep(_LONG_LAST_WORDS if self._recipient.may_run else _LAST_WORDS)
         self._vmm_lost(reason)
 
     async def _dismiss(self, vmm: Vmm, reason: str) -> None:

@@ -131,6 +131,10 @@ class Vmm(Protocol):
         """Thread id -> name, such as ``vcpu0``, of the threads whose waiting is told one by one."""
 
     @property
+    def has_run(self) -> bool:
+        """True when it is known to have run, also from what it has said to a predecessor."""
+
+    @property
     def kind(self) -> str:
         """By which a successor of this process finds who can go on with `facts`."""
 

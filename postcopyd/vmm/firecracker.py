@@ -64,6 +64,11 @@ class FirecrackerVmm:
         return {}
 
     @property
+    def has_run(self) -> bool:
+        """False: it says nothing."""
+        return False
+
+    @property
     def kind(self) -> str:
         """``firecracker``."""
         return KIND

@@ -19,6 +19,8 @@ from postcopyd.wire.errors import ProtocolError
 
 KIND = "native"
 _RECEIVE = 4096
+_MOST_SAID = 4
+"""Times `_RECEIVE` bytes: its answers are short, and few."""
 
 
 class NativeFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,6 +102,13 @@ class NativeVmm:
         return {}
 
     @property
+    def has_run(self) -> bool:
+        """True when it has said that it has loaded its devices."""
+        if self._inherited:
+            self._receive_all()
+        return self._loaded
+
+    @property
     def kind(self) -> str:
         """``native``."""
         return KIND
@@ -156,6 +165,9 @@ class NativeVmm:
         :raise VmmFailure: if the VMM refuses, breaks the protocol or goes away.
         :raise OSError: if there is no memory for the memory file.
         """
+        if self._inherited:
+            # It may have said so to a predecessor, and have gone since.
+            self._receive_all()
         if self._loaded:
             return
         device_state = load.device_state
@@ -253,29 +265,41 @@ class NativeVmm:
         except BlockingIOError:
             sent = 0
         except OSError as error:
+            self._receive_all()  # what it has said before it went
             self._break(f"nothing can be sent to it: {error}")
             return
         if sent < len(line):
             self._break("it does not read what it is sent")
 
     def _readable(self) -> None:
-        try:
-            data = self._connection.recv(_RECEIVE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._lose("it has closed its socket")
-        else:
-            if self._broken is None:
-                self._take(data)
+        if self._receive():
             # libuv tells of a reset once, and it may have been now.
             self._loop.call_soon(self._look_again)
 
     def _look_again(self) -> None:
         if self._watching:
             self._readable()
+
+    def _receive_all(self) -> None:
+        """Take what it has said so far: more than it can say in good order is left there."""
+        for _ in range(_MOST_SAID):
+            if not (self._watching and self._receive()):
+                return
+
+    def _receive(self) -> bool:
+        """Take what it says; False if that is nothing now, or nothing ever more."""
+        try:
+            data = self._connection.recv(_RECEIVE)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._lose("it has closed its socket")
+            return False
+        if self._broken is None:
+            self._take(data)
+        return True
 
     def _take(self, data: bytes) -> None:
         try:
@@ -284,7 +308,9 @@ class NativeVmm:
                 if self._inherited and not (
                     waited_for and isinstance(answer, self._wanted | wire.Refused)
                 ):
-                    continue  # to what a predecessor has asked
+                    # To what a predecessor has asked, who asks nothing more after this.
+                    self._loaded |= self._discarded and isinstance(answer, wire.Loaded)
+                    continue
                 if self._answer is None or not waited_for:
                     self._break(f"it said {_name_of(answer)} without being asked")
                     return
@@ -293,7 +319,9 @@ class NativeVmm:
             self._break(f"it sent a wrong answer: {error}")
 
     def _exited(self) -> None:
-        self._lose("it has exited")
+        self._receive_all()  # whether it runs may be its last word
+        if self._watching:
+            self._lose("it has exited")
 
     def _lose(self, why: str) -> None:
         self._stop_watching()

@@ -112,6 +112,11 @@ class QemuVmm:
         return self._facts.thread_names
 
     @property
+    def has_run(self) -> bool:
+        """False: `run` asks it, and nobody keeps what it has said before."""
+        return False
+
+    @property
     def kind(self) -> str:
         """``qemu``."""
         return KIND
@@ -183,10 +188,11 @@ class QemuVmm:
                 await self._be_fed(self._feed, load, rest)
             if await self._becomes_the_guest(load):
                 return
+            exited = self._gone.is_set()
             reason = f"it has not said that it runs; {await self._last_words()}"
             if self._feed is None:
                 reason = f"postcopyd was killed while it fed QEMU; {reason}"
-            raise VmmFailure(reason, may_have_run=self._gone.is_set())
+            raise VmmFailure(reason, may_have_run=exited)
 
     async def _be_fed(
         self, feed: Feed, load: DeviceLoad, rest: AsyncIterator[bytes] | None
@@ -243,8 +249,9 @@ class QemuVmm:
     async def _ask_how_it_stands(self) -> tuple[str, str]:
         """Return the status of the incoming migration and then that of the machine."""
         monitor = await self._monitor()
-        incoming = _status_of(await monitor.execute("query-migrate", within=None))
-        return incoming, _status_of(await monitor.execute("query-status", within=None))
+        incoming = await monitor.execute("query-migrate", within=None)
+        machine = await monitor.execute("query-status", within=None)
+        return _status_of(incoming, _Incoming), _status_of(machine, _Machine)
 
     async def _unless_it_exits(self, asking: Coroutine[Any, Any, T]) -> T | None:
         """Return what comes of it; None if QEMU has exited before."""
@@ -259,11 +266,8 @@ class QemuVmm:
 
     async def _monitor(self) -> QemuMonitor:
         if self._session is None:
-            session = await QemuMonitor.connect(self._monitor_path, self._within)
-            if session.peer_process != self._process.pid:
-                await session.close()
-                raise MonitorFailure(f"{self._monitor_path} is the monitor of another process now")
-            self._session = session
+            path, process = self._monitor_path, self._process.pid
+            self._session = await QemuMonitor.connect(path, self._within, process)
         return self._session
 
     async def _close_monitor(self) -> None:
@@ -345,13 +349,18 @@ class QemuVmm:
         self._gone.set()
 
 
-class _Status(msgspec.Struct):
+class _Incoming(msgspec.Struct):
     status: str = ""
+    """A 7.2 leaves it out before it has begun."""
 
 
-def _status_of(answer: object) -> str:
+class _Machine(msgspec.Struct):
+    status: str
+
+
+def _status_of(answer: object, kind: type[_Incoming | _Machine]) -> str:
     try:
-        return msgspec.convert(answer, _Status).status
+        return msgspec.convert(answer, kind).status
     except msgspec.ValidationError as error:
         raise MonitorFailure(f"QEMU answers what it never does: {error}") from error
 

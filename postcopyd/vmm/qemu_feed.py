@@ -60,10 +60,13 @@ class Feed:
         :raise FeedFailure: if it has not loaded.
         :raise FeedRefused: if it has not begun to.
         """
-        # What is fed waits in the socket already when QEMU begins to read.
-        feeding = asyncio.create_task(self._feed(load, rest))
+        # What is fed waits in the socket already when QEMU begins to read; but for the end, without
+        # which it cannot run: one that does not answer in time may begin to read all the same.
+        begun = asyncio.Event()
+        feeding = asyncio.create_task(self._feed(load, rest, begun))
         try:
             await self._begin(keep_process)
+            begun.set()
             status = await self._status()
         finally:
             feeding.cancel()
@@ -75,7 +78,9 @@ class Feed:
         if status:
             raise FeedFailure("it rejects the device state")
 
-    async def _feed(self, load: DeviceLoad, rest: AsyncIterator[bytes] | None) -> None:
+    async def _feed(
+        self, load: DeviceLoad, rest: AsyncIterator[bytes] | None, begun: asyncio.Event
+    ) -> None:
         writer = FeedWriter(
             load.configuration, [(block.name, block.length) for block in load.blocks]
         )
@@ -85,6 +90,7 @@ class Feed:
         await load.collected.wait()
         for piece in writer.pages([(block.name, block.content) for block in load.blocks]):
             await self._send(piece)
+        await begun.wait()
         if rest is None:
             load.given()
             await self._send(FEED_END)

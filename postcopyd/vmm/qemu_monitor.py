@@ -37,20 +37,21 @@ class QemuMonitor:
         self._resumed = resumed
 
     @classmethod
-    async def connect(cls, path: str, within: float) -> QemuMonitor:
+    async def connect(cls, path: str, within: float, process: int = 0) -> QemuMonitor:
         """Begin a session.
 
         :param path: of the Unix socket.
         :param within: seconds until the session has begun.
-        :raise MonitorFailure: if there is nobody, somebody who does not speak QMP, or if it has not
-            begun by then.
+        :param process: whose `peer_process` it must be; 0 for anybody's.
+        :raise MonitorFailure: if there is nobody, somebody else, somebody who does not speak QMP,
+            or if it has not begun by then.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         client, resumed = QMPClient(), EventListener("RESUME")
         client.register_listener(resumed)
         try:
             connection.setblocking(False)
-            await _begin(client, path, connection, within)
+            await _begin(client, path, connection, within, process)
         except BaseException:
             connection.close()
             raise
@@ -59,10 +60,7 @@ class QemuMonitor:
     @property
     def peer_process(self) -> int:
         """The process that made the socket, as this one sees it; 0 if it does not."""
-        credentials = self._connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size
-        )
-        return int(_UCRED.unpack(credentials)[0])
+        return _maker_of(self._connection)
 
     @property
     def has_resumed(self) -> bool:
@@ -110,13 +108,20 @@ class QemuMonitor:
 
     async def close(self) -> None:
         """End the session. Idempotent."""
-        with contextlib.suppress(QMPError, EOFError, OSError):
-            await self._client.disconnect()
-        self._connection.close()
+        try:
+            with contextlib.suppress(QMPError, EOFError, OSError):
+                await self._client.disconnect()
+        finally:
+            self._connection.close()
 
 
 class _NobodyAccepts(Exception):
     """As many wait to be accepted as may."""
+
+
+def _maker_of(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[0])
 
 
 def _check_connected(connection: socket.socket) -> None:
@@ -130,13 +135,18 @@ def _check_connected(connection: socket.socket) -> None:
         raise _NobodyAccepts from error
 
 
-async def _begin(client: QMPClient, path: str, connection: socket.socket, within: float) -> None:
+async def _begin(
+    client: QMPClient, path: str, connection: socket.socket, within: float, process: int
+) -> None:
     # Descriptors are passed over the connection itself, everything else over the library's copy.
     copy = connection.dup()
     try:
         async with asyncio.timeout(within):
             await asyncio.get_running_loop().sock_connect(connection, path)
             _check_connected(connection)
+            if process not in (0, _maker_of(connection)):
+                # Nothing is said to it: it has one client only, who may want it.
+                raise MonitorFailure(f"{path} is the monitor of another process now")
             await client.connect(copy)
     except (TimeoutError, _NobodyAccepts):
         raise MonitorFailure(

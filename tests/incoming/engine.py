@@ -65,6 +65,7 @@ class InProcessVmm:
         self.dead = asyncio.Event()
         self.refuses = ""
         self.closed = False
+        self.has_run = False
 
     kind = "in-process"
 

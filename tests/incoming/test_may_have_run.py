@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from postcopyd.incoming import events
+from postcopyd.incoming import events, migration
+from postcopyd.incoming.placing import VmmGone
 from postcopyd.incoming.recipient import Refused
 from postcopyd.incoming.states import State
 from postcopyd.incoming.vmm import DeviceLoad, VmmFailure
@@ -97,6 +98,47 @@ async def test_of_one_that_has_not_run_for_sure_nobody_has_to_insist(
     other = InProcessVmm(make_guest(pages=PAGES))
     engine.migration.attach_vmm(other)
     await assert_taken(engine, other)
+
+
+async def test_one_that_is_known_to_have_run_is_the_guest_that_is_lost(
+    make_engine: MakeEngine,
+) -> None:
+    """A successor may hear what it has said to a predecessor, when it has gone already."""
+    engine = make_engine(pages=PAGES)
+    vmm = await silent(engine)
+    vmm.has_run = True
+    vmm.dead.set()
+    await engine.finish()
+    assert engine.migration.state is State.FAILED
+    assert engine.migration.report().guest_lost
+
+
+async def test_its_own_word_is_waited_for_when_its_memory_has_gone(
+    make_engine: MakeEngine, make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process gives its memory back first, and then closes what tells that it has not run."""
+    monkeypatch.setattr(migration, "_LAST_WORDS", 0.0)
+    engine = make_engine(pages=PAGES)
+    vmm = await silent(engine)
+    engine.migration._filling_broken(VmmGone("it has no memory"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert engine.migration.has_vmm
+    await lose(engine, vmm, "it has not run")
+    assert not engine.migration.report().guest_may_have_run
+
+
+async def test_one_that_fails_before_it_is_given_anything_changes_nothing_of_that(
+    make_engine: MakeEngine, make_guest: MakeGuest
+) -> None:
+    engine = make_engine(pages=PAGES)
+    await lose(engine, await silent(engine), "it exits")
+    engine.events.clear()
+    other = InProcessVmm(make_guest(pages=PAGES))
+    other.refuses = "advise"
+    engine.migration.attach_vmm(other, force=True)
+    await engine.told(events.VmmLost)
+    assert engine.migration.report().guest_may_have_run
 
 
 @pytest.mark.parametrize("lost", ["before the kill", "after the kill"])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from postcopyd.incoming.vmm import DeviceLoad, VmmFailure
 from postcopyd.vmm.handoff import HandoffRefused
-from postcopyd.vmm.native import NativeVmm
+from postcopyd.vmm.native import NativeFacts, NativeVmm
+from postcopyd.vmm.peer import peer_of
 from tests.vmm.handoffs import LIMIT, Handoffs, Offer, RawPeer, open_descriptors
 
 ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -90,6 +94,69 @@ async def test_the_device_state_comes_in_a_sealed_memory_file(pair: Pair, size: 
     assert os.pread(descriptor, size, 0) == device_state
     pair.peer.say("loaded")
     await asyncio.wait_for(asking, LIMIT)
+
+
+async def test_one_whose_last_word_is_that_it_runs_has_run(pair: Pair) -> None:
+    asking = await ask(pair, "run")
+    pair.peer.say("loaded")
+    pair.vmm._exited()  # which is seen first
+    await asyncio.wait_for(pair.vmm.gone(), LIMIT)
+    await asyncio.wait_for(asking, LIMIT)
+    assert pair.vmm.has_run
+
+
+@pytest.fixture
+def inherit() -> Iterator[Callable[[NativeFacts], tuple[NativeVmm, socket.socket]]]:
+    """Make a VMM of what a predecessor has left of it, and its end of the connection."""
+    with ExitStack() as made:
+
+        def make(facts: NativeFacts) -> tuple[NativeVmm, socket.socket]:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            made.enter_context(theirs)
+            ours.setblocking(False)
+            resources = ExitStack()
+            resources.callback(ours.close)
+            memory: Any = None
+            vmm = NativeVmm(ours, peer_of(ours), None, memory, resources, facts)
+            made.callback(vmm.close)
+            return vmm, theirs
+
+        yield make
+
+
+Inherit = Callable[[NativeFacts], tuple[NativeVmm, socket.socket]]
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["it is asked", "it is only looked at"])
+async def test_one_that_has_told_a_predecessor_that_it_runs_has_run_though_it_has_gone(
+    inherit: Inherit, asked: bool
+) -> None:
+    vmm, theirs = inherit(NativeFacts(advised=True, discarded=True))
+    theirs.send(b'{"event":"loaded"}\n')
+    theirs.close()
+    if asked:
+        vmm.registered("vm0", ())
+        await asyncio.wait_for(vmm.run(LOAD), LIMIT)
+    assert vmm.has_run
+    await asyncio.wait_for(vmm.gone(), LIMIT)
+
+
+async def test_one_that_has_gone_before_it_has_said_that_it_runs_has_not(inherit: Inherit) -> None:
+    vmm, theirs = inherit(NativeFacts(advised=True, discarded=True))
+    theirs.send(b'{"event":"discarded"}\n')
+    theirs.close()
+    vmm.registered("vm0", ())
+    with pytest.raises(VmmFailure):
+        await asyncio.wait_for(vmm.run(LOAD), LIMIT)
+    assert not vmm.has_run
+
+
+async def test_one_that_was_not_asked_to_run_by_anybody_is_asked_whatever_it_has_said(
+    inherit: Inherit,
+) -> None:
+    vmm, theirs = inherit(NativeFacts(advised=True))
+    theirs.send(b'{"event":"loaded"}\n')
+    assert not vmm.has_run
 
 
 async def test_running_leaves_no_descriptor_open(pair: Pair) -> None:
