@@ -452,7 +452,8 @@ class IncomingMigration:
         """Go on without the VMM, whose memory has gone; unless it says why first."""
         # A process gives its memory back before it closes anything, and that takes its time: the
         # more so as what it says then may be that it has not run.
-        await asyncio.sleep(_LONG_LAST_WORDS if self._recipient.may_run else _LAST_WORDS)
+        unknown = self._recipient.may_run and self._recipient.loaded_at is None
+        await asyncio.sleep(_LONG_LAST_WORDS if unknown else _LAST_WORDS)
         self._vmm_lost(reason)
 
     async def _dismiss(self, vmm: Vmm, reason: str) -> None:

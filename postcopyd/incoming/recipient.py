@@ -110,10 +110,8 @@ class Recipient:
         self.loaded_at: float | None = None
         """When the VMM has run, seconds of `perf_counter`; None before."""
         self.may_run = False
-        """True from when the VMM, or the one before, may run whether it has said so or not."""
-        self._one_before_may_have_run = False
-        self._record_of_lost: VmmRecord | None = None
-        """Of one that was lost on its way into another's place, if the journal must name it."""
+        """True from when the VMM, or the last one, may run whether it has said so or not. Who has
+        another one take its place says that it has not."""
 
     # -- which VMM -----------------------------------------------------------------------------
 
@@ -191,7 +189,7 @@ class Recipient:
             )
         except (ValueError, VmmFailure, ProtocolError) as error:
             raise Refused(f"{vmm.description} cannot take the guest: {error}") from error
-        self._one_before_may_have_run, self.may_run = self.may_run, False
+        self.may_run = False
         self._replacement = Replacement(vmm, self._estate)
         self._take(vmm)
 
@@ -285,12 +283,9 @@ class Recipient:
         :raise OSError: if there is no memory for pages that had just come: they are lost.
         """
         self.vmm = None
-        self._record_of_lost = None
         if self._replacement is not None:
             self._replacement.give_up()
-            self._record_of_lost = self._replacement.record
             self._replacement = None
-            self.may_run = self._one_before_may_have_run
         self.attached.clear()
         self.filling.let_go()
 
@@ -298,7 +293,7 @@ class Recipient:
         """Return what the journal is to say of the VMM; None if that is what it has said."""
         if self._replacement is not None:
             return self._replacement.record
-        return inheriting.record_of(self.vmm) if self.vmm is not None else self._record_of_lost
+        return inheriting.record_of(self.vmm) if self.vmm is not None else None
 
     @property
     def filling(self) -> MemoryFilling:

@@ -36,7 +36,7 @@ class Replacement:
             if not estate.left(inheriting.PREFIX + aside)
         )
         inheriting.leave(vmm, estate, self._aside)
-        self._journal_names_it = self._left_in_place = False
+        self._journal_names_it = False
         self.in_place = False
         """True when it has everything."""
 
@@ -69,7 +69,6 @@ class Replacement:
                 self._journal_names_it = False
                 raise
             filling.move_to(self._vmm.memory, move)
-            self._left_in_place = True
             inheriting.leave(self._vmm, self._estate, replaces=True)
             await self._estate.settled()
             self.in_place = True
@@ -82,9 +81,7 @@ class Replacement:
         aside.begin(move.close)
 
     def give_up(self) -> None:
-        """Keep nothing of it, if it has not everything: it has gone, or has not done its part."""
+        """Keep nothing of it: it has gone, or has not done its part."""
         if not self._journal_names_it:
             for name in self._estate.left(inheriting.PREFIX + self._aside):
                 self._estate.release(name)
-        # The names aside may be kept no more: see `daemon.holding`.
-        self.in_place = self._left_in_place

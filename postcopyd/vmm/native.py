@@ -104,8 +104,7 @@ class NativeVmm:
     @property
     def has_run(self) -> bool:
         """True when it has said that it has loaded its devices."""
-        if self._inherited:
-            self._receive_all()
+        self._receive_all()
         return self._loaded
 
     @property
@@ -180,7 +179,6 @@ class NativeVmm:
             await self._ask(wire.Run(len(device_state)), wire.Loaded, None, descriptor)
         finally:
             os.close(descriptor)
-        self._loaded = True
 
     async def run_converged(self, load: DeviceLoad, rest: AsyncIterator[bytes]) -> None:
         """Refuse: without a package only a QEMU can tell where its device state ends.
@@ -314,6 +312,7 @@ class NativeVmm:
                 if self._answer is None or not waited_for:
                     self._break(f"it said {_name_of(answer)} without being asked")
                     return
+                self._loaded |= isinstance(answer, wire.Loaded) and self._wanted is wire.Loaded
                 self._answer.set_result(answer)
         except ProtocolError as error:
             self._break(f"it sent a wrong answer: {error}")

@@ -128,17 +128,21 @@ async def test_its_own_word_is_waited_for_when_its_memory_has_gone(
     assert not engine.migration.report().guest_may_have_run
 
 
-async def test_one_that_fails_before_it_is_given_anything_changes_nothing_of_that(
-    make_engine: MakeEngine, make_guest: MakeGuest
+@pytest.mark.parametrize("then", ["goes on", "is killed"])
+async def test_who_has_insisted_once_need_not_do_so_again(
+    holder: Holder, make_engine: MakeEngine, make_guest: MakeGuest, then: str
 ) -> None:
-    engine = make_engine(pages=PAGES)
+    engine = make_engine(keeper=holder, pages=PAGES)
     await lose(engine, await silent(engine), "it exits")
     engine.events.clear()
     other = InProcessVmm(make_guest(pages=PAGES))
     other.refuses = "advise"
     engine.migration.attach_vmm(other, force=True)
     await engine.told(events.VmmLost)
-    assert engine.migration.report().guest_may_have_run
+    if then == "is killed":
+        succeed(engine, holder)
+    assert engine.migration.waits_for_vmm
+    assert not engine.migration.report().guest_may_have_run
 
 
 @pytest.mark.parametrize("lost", ["before the kill", "after the kill"])

@@ -22,7 +22,7 @@ from postcopyd.wire import stream_writer
 from postcopyd.wire.return_path import PageRequest, Pong, ReceivedBitmap, Shut
 from tests.incoming.engine import MACHINE, InProcessVmm, Source, image
 from tests.incoming.guest import HUGE, LIMIT, PAGE
-from tests.incoming.heirs import Holder, succeed
+from tests.incoming.heirs import Holder
 from tests.incoming.replacing import (
     KINDS,
     MakeEngine,
@@ -31,7 +31,6 @@ from tests.incoming.replacing import (
     make_guest,
     refuse_to_load,
 )
-from tests.incoming.test_interrupted_move import the_rest_arrives
 from tests.incoming.test_recovery import CONTENT, PAGES, seen
 
 __all__ = ["make_guest"]  # a fixture
@@ -80,11 +79,8 @@ class SlowHolder(Holder):
     def __init__(self) -> None:
         super().__init__()
         self.asked: asyncio.Queue[asyncio.Event] = asyncio.Queue()
-        self.at_once = False
 
     async def settled(self) -> None:
-        if self.at_once:
-            return
         allowed = asyncio.Event()
         self.asked.put_nowait(allowed)
         await allowed.wait()
@@ -126,34 +122,6 @@ async def test_a_successor_is_told_of_it_only_when_what_is_left_of_it_outlives_u
     await engine.source.end()
     assert await engine.source.wait_for_shut() == Shut(0)
     assert await vmm.guest.content() == content
-
-
-async def test_one_that_is_lost_when_its_descriptors_are_in_place_is_named_by_these(
-    make_engine: MakeEngine, make_guest: MakeGuest
-) -> None:
-    """Where its memory file cannot be opened again, nobody keeps it by its name of before."""
-    holder = SlowHolder()
-    engine = make_engine(pages=PAGES, shared=True, keeper=holder)
-    await half_way(engine, CONTENT)
-    await refuse_to_load(engine)
-    engine.events.clear()
-    second = InProcessVmm(make_guest(pages=PAGES, shared=True))
-    engine.migration.attach_vmm(second)
-    async with asyncio.timeout(LIMIT):
-        (await holder.asked.get()).set()
-        await holder.asked.get()
-    second.dead.set()
-    await engine.told(events.VmmLost)
-    assert engine.migration.waits_for_vmm
-    holder.release("vmm-1-memory-file-0")
-    holder.at_once = True
-
-    succeed(engine, holder, vmm_gone=True)
-    third = make_guest(pages=PAGES, shared=True)
-    engine.migration.attach_vmm(InProcessVmm(third))
-    await engine.told(events.DeviceStateLoaded)
-    await the_rest_arrives(engine, third)
-    assert holder.held == {}, "an ended migration leaves nothing"
 
 
 @pytest.mark.parametrize(("first", "second"), KINDS.values(), ids=KINDS.keys())

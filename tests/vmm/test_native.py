@@ -105,6 +105,14 @@ async def test_one_whose_last_word_is_that_it_runs_has_run(pair: Pair) -> None:
     assert pair.vmm.has_run
 
 
+async def test_one_has_run_as_soon_as_it_has_said_so(pair: Pair) -> None:
+    asking = await ask(pair, "run")
+    assert not pair.vmm.has_run
+    pair.peer.say("loaded")
+    assert pair.vmm.has_run
+    await asyncio.wait_for(asking, LIMIT)
+
+
 @pytest.fixture
 def inherit() -> Iterator[Callable[[NativeFacts], tuple[NativeVmm, socket.socket]]]:
     """Make a VMM of what a predecessor has left of it, and its end of the connection."""
