@@ -114,8 +114,12 @@ class Loading:
     def _load(self, device_state: bytes) -> DeviceLoad:
         blocks = self.collection.contents()
         return DeviceLoad(
-            *(self.configuration.raw, device_state, blocks, self._collected),
-            *(self._unheard, self._given),
+            configuration=self.configuration.raw,
+            device_state=device_state,
+            blocks=blocks,
+            collected=self._collected,
+            unheard=self._unheard,
+            given=self._given,
         )
 
     async def _rest(self) -> AsyncIterator[bytes]:

@@ -206,35 +206,28 @@ def test_a_vmm_that_takes_anothers_place_is_kept_at_every_step(
 
 
 @of_any_kind
+@pytest.mark.parametrize("given_up", [False, True], ids=["it takes its place", "it is given up"])
 @pytest.mark.timeout(10)
-def test_a_vmm_that_takes_the_place_of_one_with_the_same_is_kept_at_every_step(
-    holding: Holding, manager: Recorder, make: Callable[[], int], obstacle: Obstacle
+def test_a_vmm_is_kept_when_one_with_the_same_is_to_take_its_place(
+    holding: Holding,
+    manager: Recorder,
+    make: Callable[[], int],
+    obstacle: Obstacle,
+    given_up: bool,
 ) -> None:
     descriptor = make()
     holding.hold("vm0", "vmm-x", descriptor)
     with obstacle(descriptor):
         holding.hold("vm0", "vmm-1-x", os.dup(descriptor))
         assert manager.has("vm0/vmm-x", descriptor)
-        holding.hold("vm0", "vmm-x", os.dup(descriptor))
-        assert manager.has("vm0/vmm-x", descriptor)
-        holding.release("vm0", "vmm-1-x")
-    assert set(manager.kept) == {"vm0/vmm-x"}
-    holding.forget("vm0")
-    assert not manager.kept
-
-
-@of_any_kind
-@pytest.mark.timeout(10)
-def test_a_vmm_whose_successor_has_the_same_and_is_given_up_is_kept(
-    holding: Holding, manager: Recorder, make: Callable[[], int], obstacle: Obstacle
-) -> None:
-    descriptor = make()
-    holding.hold("vm0", "vmm-x", descriptor)
-    with obstacle(descriptor):
-        holding.hold("vm0", "vmm-1-x", os.dup(descriptor))
+        if not given_up:
+            holding.hold("vm0", "vmm-x", os.dup(descriptor))
+            assert manager.has("vm0/vmm-x", descriptor)
         holding.release("vm0", "vmm-1-x")
     assert set(manager.kept) == {"vm0/vmm-x"}
     assert manager.has("vm0/vmm-x", descriptor)
+    holding.forget("vm0")
+    assert not manager.kept
 
 
 @of_any_kind

@@ -63,6 +63,15 @@ async def assert_taken(engine: Engine, vmm: InProcessVmm) -> None:
     assert await vmm.guest.content() == CONTENT
 
 
+def insist(engine: Engine, other: InProcessVmm) -> None:
+    """Another VMM is not taken before somebody insists."""
+    assert engine.migration.report().guest_may_have_run
+    with pytest.raises(Refused, match="may have run in the VMM before"):
+        engine.migration.attach_vmm(other)
+    assert engine.migration.report().guest_may_have_run and other.told == []
+    engine.migration.attach_vmm(other, force=True)
+
+
 async def lose(engine: Engine, vmm: SilentVmm, how: str) -> None:
     if how == "it exits":
         vmm.dead.set()
@@ -78,12 +87,8 @@ async def test_another_one_takes_its_place_only_when_its_operator_insists(
 ) -> None:
     engine = make_engine(pages=PAGES)
     await lose(engine, await silent(engine), how)
-    assert engine.migration.report().guest_may_have_run
     other = InProcessVmm(make_guest(pages=PAGES))
-    with pytest.raises(Refused, match="may have run in the VMM before"):
-        engine.migration.attach_vmm(other)
-    assert engine.migration.report().guest_may_have_run and other.told == []
-    engine.migration.attach_vmm(other, force=True)
+    insist(engine, other)
     await assert_taken(engine, other)
 
 
@@ -114,7 +119,7 @@ async def test_one_that_is_known_to_have_run_is_the_guest_that_is_lost(
 
 
 async def test_its_own_word_is_waited_for_when_its_memory_has_gone(
-    make_engine: MakeEngine, make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process gives its memory back first, and then closes what tells that it has not run."""
     monkeypatch.setattr(migration, "_LAST_WORDS", 0.0)
@@ -155,11 +160,8 @@ async def test_a_successor_knows_that_it_may_have_run(
         await lose(engine, vmm, "it exits")
     succeed(engine, holder, vmm_gone=True)
     assert engine.migration.state is State.PAUSED
-    assert engine.migration.report().guest_may_have_run
     other = InProcessVmm(make_guest(pages=PAGES))
-    with pytest.raises(Refused, match="may have run in the VMM before"):
-        engine.migration.attach_vmm(other)
-    engine.migration.attach_vmm(other, force=True)
+    insist(engine, other)
     await engine.told(events.DeviceStateLoaded)
     assert not engine.migration.report().guest_may_have_run
     await the_rest_arrives(engine, other.guest)

@@ -48,15 +48,27 @@ def holder() -> Iterator[Holder]:
     assert holder.held == {}, "an ended migration leaves nothing"
 
 
+async def is_listening(engine: Engine, precopied: range = range(0)) -> None:
+    """A guest whose VMM loads its devices, until it is told that it may."""
+    engine.vmm.may_load.clear()
+    await _switches_over(engine, precopied)
+    await engine.reach(State.LISTENING)
+    await seen(engine.source)
+
+
 async def runs(engine: Engine, precopied: range = range(0)) -> None:
     """A guest that runs, with pages from before the switchover and none from after it."""
+    await _switches_over(engine, precopied)
+    await engine.reach(State.RUNNING)
+
+
+async def _switches_over(engine: Engine, precopied: range) -> None:
     engine.attach()
     await engine.source.advise()
     if precopied:
         await engine.source.precopy("pc.ram", CONTENT, [page * PAGE for page in precopied])
     stale = (len(precopied) * PAGE, (PAGES - len(precopied)) * PAGE)
     await engine.source.switch_over({"pc.ram": [stale]})
-    await engine.reach(State.RUNNING)
 
 
 @KINDS
@@ -89,13 +101,7 @@ async def test_a_guest_that_has_not_loaded_its_devices_is_asked_again(
     holder: Holder, make_engine: MakeEngine, shared: bool
 ) -> None:
     engine = make_engine(keeper=holder, pages=PAGES, shared=shared)
-    engine.vmm.may_load.clear()
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.precopy("pc.ram", CONTENT, [0, PAGE])
-    await engine.source.switch_over({"pc.ram": [(2 * PAGE, (PAGES - 2) * PAGE)]})
-    await engine.reach(State.LISTENING)
-    await seen(engine.source)
+    await is_listening(engine, precopied=range(2))
 
     succeed(engine, holder)
     assert engine.migration.package is not None
@@ -114,12 +120,7 @@ async def test_it_may_not_become_the_guest_before_what_is_left_of_it_outlives_th
 ) -> None:
     """Its predecessor may have been killed before it knew that."""
     engine = make_engine(keeper=holder, pages=PAGES)
-    engine.vmm.may_load.clear()
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
-    await engine.reach(State.LISTENING)
-    await seen(engine.source)
+    await is_listening(engine)
 
     holder.may_settle.clear()
     succeed(engine, holder)

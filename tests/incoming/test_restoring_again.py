@@ -23,7 +23,7 @@ from tests.incoming.test_recovery import (
     go_on,
     seen,
 )
-from tests.incoming.test_restoring import KINDS, holder
+from tests.incoming.test_restoring import KINDS, holder, is_listening
 
 __all__ = ["holder"]  # a fixture
 
@@ -106,12 +106,7 @@ async def test_a_page_that_was_being_staged_counts_as_not_come(
     holder: Holder, make_engine: MakeEngine
 ) -> None:
     engine = make_engine(keeper=holder, pages=PAGES)
-    engine.vmm.may_load.clear()
-    engine.attach()
-    await engine.source.advise()
-    await engine.source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
-    await engine.reach(State.LISTENING)
-    await seen(engine.source)
+    await is_listening(engine)
     for last in ("received", "zero", "staged"):
         kill_in_the_middle_of_marking(
             engine.migration._recipient.filling.holdings.stages[0], behind=last
