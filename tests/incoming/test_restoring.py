@@ -167,11 +167,16 @@ async def test_before_the_package_the_source_begins_anew_with_the_same_vmm(
     await engine.source.precopy("pc.ram", image(PAGES, seed=9), [0, PAGE, 2 * PAGE])
     await seen(engine.source)
 
+    holder.may_settle.clear()
     succeed(engine, holder)
     assert engine.migration.state is State.NONE
     source = come_back(engine)
     await source.advise()
     await source.switch_over({"pc.ram": [(0, PAGES * PAGE)]})
+    await engine.reach(State.LISTENING)
+    await seen(source)
+    assert "run" not in engine.vmm.told, "what was left of it may not outlive us"
+    holder.may_settle.set()
     await engine.reach(State.RUNNING)
     assert engine.migration.report().received == 0
     await send_the_rest(engine, source, set())
